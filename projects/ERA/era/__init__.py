@@ -1,0 +1,26 @@
+"""Distillation of object detectors with ERA in Detectron2; importing it registers everything."""
+
+from era.backbone import build_small_resnet_fpn_backbone
+from era.config import add_era_config, get_era_cfg, load_config, student_config
+from era.data.toy import register as _register_toy_dataset
+from era.distiller import Distiller
+from era.errors import UserError
+from era.methods import METHOD_REGISTRY, Method
+from era.teacher import Teacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHOD_REGISTRY",
+    "Distiller",
+    "Method",
+    "Teacher",
+    "UserError",
+    "add_era_config",
+    "build_small_resnet_fpn_backbone",
+    "get_era_cfg",
+    "load_config",
+    "student_config",
+]
+
+_register_toy_dataset()

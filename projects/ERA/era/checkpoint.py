@@ -1,0 +1,218 @@
+"""Checkpoints: safe reading, whole writing, and the plain student inside a distilled run.
+
+A training checkpoint holds the student under ``student.``, the methods' modules under ``methods.``, the
+optimiser, the scheduler and the iteration, and the teacher's source and hash; never the teacher.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import hashlib
+import logging
+import os
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from era.config import student_config
+from era.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STUDENT_PREFIX = "student."
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Reads pickles of plain containers and numpy arrays, such as model-zoo weights; nothing else, so a
+    pickle never runs code of its own."""
+
+    _ALLOWED = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("_codecs", "encode"): codecs.encode,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): np.ndarray,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few globals that arrays need.
+
+        Raises:
+            pickle.UnpicklingError: any other global.
+        """
+        if (module, name) in self._ALLOWED:
+            return self._ALLOWED[module, name]
+        # numpy 2 renamed numpy.core to numpy._core; files of both ages exist.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in (
+            "_reconstruct",
+            "scalar",
+        ):
+            return getattr(np._core.multiarray, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer that runs no pickled code, writes files whole or not at all, and knows
+    the student inside a :class:`~era.distiller.Distiller`.
+
+    Four cases load alike: a distilled or a plain file into a distiller or a plain model. A plain file
+    fills a distiller's student; a distilled file gives a plain model its student.
+
+    Attributes:
+        incompatible: what did not fit at the last load: ``missing_keys``, ``unexpected_keys`` and
+            ``incorrect_shapes``; None before.
+    """
+
+    incompatible = None
+
+    def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
+        """As Detectron2's, but every failure to read is one sentence.
+
+        Raises:
+            UserError: the file is absent, unreachable or no checkpoint.
+        """
+        try:
+            return super().load(path, *args, **kwargs)
+        except UserError:
+            raise
+        except (AssertionError, OSError) as e:
+            raise UserError(
+                f"weights {path!r} cannot be had ({_short(e)}): expected an existing file or a "
+                "reachable address; correct the path, or download the file and give its path."
+            ) from e
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
+                AttributeError) as e:  # fmt: skip
+            raise UserError(
+                f"weights {path!r} cannot be read ({_short(e)}): expected a checkpoint of tensors "
+                "(.pth of torch.save, or .pkl of the model zoo); give another file."
+            ) from e
+        finally:
+            self._parsed_url_during_load = None
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)  # torch.load: weights_only is its default
+        with open(filename, "rb") as f:
+            data = SafeUnpickler(f, encoding="latin1").load()
+        if "model" in data and "__author__" in data:
+            return data
+        # Caffe2 and Detectron1 files: the weights alone, in their own names.
+        data = data.get("blobs", data)
+        weights = {k: v for k, v in data.items() if not k.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        weights = checkpoint["model"]
+        is_distilled = any(key.startswith(STUDENT_PREFIX) for key in weights)
+        student = getattr(self.model, "student", None)
+        if student is not None and not is_distilled:
+            inner = SafeCheckpointer(student)
+            self.incompatible = inner._load_model(checkpoint)
+        else:
+            if student is None and is_distilled:
+                checkpoint["model"] = strip_student(weights)
+            self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth``: complete, or not at all."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        save_whole(data, path)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+
+def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
+    """Load weights that must fill the whole model.
+
+    Args:
+        what: the config key that names the file, for the message.
+
+    Raises:
+        UserError: unreadable, of another architecture, or with a missing or differently shaped key.
+    """
+    checkpointer = SafeCheckpointer(model, save_to_disk=False)
+    checkpointer.load(path, checkpointables=[])
+    wrong = checkpointer.incompatible
+    problems = [f"lacks {key}" for key in wrong.missing_keys]
+    problems += [
+        f"has {key} of shape {tuple(found)} where the model has {tuple(expected)}"
+        for key, found, expected in wrong.incorrect_shapes
+    ]
+    if problems:
+        raise UserError(
+            f"{what} {path!r} does not fit the model of its config: it {problems[0]}"
+            f"{f' (and {len(problems) - 1} more keys differ)' if len(problems) > 1 else ''}; expected "
+            "weights of exactly this architecture; give those weights or the config they belong to."
+        )
+
+
+def strip_student(weights: dict[str, Any]) -> dict[str, Any]:
+    """The plain student's weights out of a distilled model's: keys under ``student.``, without it."""
+    return {
+        key[len(STUDENT_PREFIX) :]: value
+        for key, value in weights.items()
+        if key.startswith(STUDENT_PREFIX)
+    }
+
+
+def save_plain_student(student: nn.Module, cfg: CfgNode, folder: str) -> str:
+    """Write a plain Detectron2 checkpoint and config: ``model_final.pth`` and ``config.yaml``.
+
+    Stock ``get_cfg().merge_from_file(config.yaml)`` and ``DefaultPredictor`` read them; nothing of this
+    project is in either file.
+
+    Args:
+        cfg: config of the run; see :func:`era.config.student_config` for what is kept.
+
+    Returns:
+        Path of the checkpoint.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "model_final.pth")
+    save_whole({"model": student.state_dict()}, path)
+    plain = student_config(cfg)
+    plain.MODEL.WEIGHTS = path
+    plain.OUTPUT_DIR = folder
+    config_path = os.path.join(folder, "config.yaml")
+    with open(config_path + ".partial", "w") as f:
+        f.write(plain.dump())
+    os.replace(config_path + ".partial", config_path)
+    return path
+
+
+def save_whole(data: Any, path: str) -> None:
+    """``torch.save`` to a file beside ``path``, then rename: a crash leaves the old file intact."""
+    try:
+        torch.save(data, path + ".partial")
+        os.replace(path + ".partial", path)
+    finally:
+        if os.path.exists(path + ".partial"):
+            os.remove(path + ".partial")
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of a state dict, in order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

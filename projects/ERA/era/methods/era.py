@@ -1,0 +1,226 @@
+"""ERA, Expandable Residual Approximation (arXiv 2508.16050), for a Faster R-CNN FPN detector.
+
+The paper's public code is classification only; attaching it to FPN maps and to the RPN and ROI heads is
+this project's adaptation, not a reproduction (README.md, "ERA for detection").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from era.errors import UserError
+from era.inference import BlendedDetector
+from era.losses import kd_loss, level_mean, mse, residual_mse
+from era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.base import METHOD_REGISTRY, DistillationStep, Method
+from era.teacher import Teacher
+from era.weight_integration import TeacherHeads, check_equal_heads, check_teacher_heads
+
+
+@METHOD_REGISTRY.register()
+class ERA(Method):
+    """Feature, residual, TWI and KD losses on estimates of the teacher's FPN.
+
+    Args:
+        estimator: adapter and MBRNet.
+        teacher: the frozen teacher, for its heads; not registered as a submodule.
+        scales: ``s_1..s_N``.
+        feature_weight, residual_weight, kd_weight: ``w_f``, ``w_r``, ``w_k``; 0 leaves a term out.
+        kd_temperature: ``tau``.
+        rpn_weight, roi_weight: weights of the TWI losses; 0 leaves a term out.
+        alpha: how far inference leans on the teacher's heads, 0 to 1.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        estimator: FeatureEstimator,
+        teacher: Teacher,
+        scales: list[float],
+        feature_weight: float,
+        residual_weight: float,
+        kd_weight: float,
+        kd_temperature: float,
+        rpn_weight: float,
+        roi_weight: float,
+        alpha: float,
+    ):
+        super().__init__()
+        self.estimator = estimator
+        self.scales = tuple(scales)
+        self.feature_weight = feature_weight
+        self.residual_weight = residual_weight
+        self.kd_weight = kd_weight
+        self.kd_temperature = kd_temperature
+        self.rpn_weight = rpn_weight
+        self.roi_weight = roi_weight
+        self.alpha = alpha
+        self._teacher = (teacher,)  # in a tuple: not a submodule, so never saved, trained or wrapped
+        uses_heads = rpn_weight > 0 or roi_weight > 0
+        if not uses_heads and residual_weight == 0:
+            estimator.mbrnet.requires_grad_(False)
+        if not uses_heads and feature_weight == 0:
+            estimator.adapter.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> dict:
+        """Read ``MODEL.ERA`` and check that student and teacher fit together.
+
+        Raises:
+            UserError: levels, strides, anchors or heads do not match.
+        """
+        era = cfg.MODEL.ERA
+        levels = list(era.LEVELS)
+        in_channels, out_channels = check_levels(student, teacher, levels)
+        if era.TWI.RPN_WEIGHT > 0 or era.TWI.ROI_WEIGHT > 0 or era.ALPHA > 0:
+            check_teacher_heads(teacher.model, student, levels)
+        if 0 < era.ALPHA < 1:
+            check_equal_heads(teacher.model, student, reason=f"MODEL.ERA.ALPHA {era.ALPHA}")
+        mbrnet = MBRNet(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_branches=era.NUM_BRANCHES,
+            num_blocks=era.NUM_BLOCKS,
+            kernel_size=era.KERNEL_SIZE,
+            hidden_channels=era.HIDDEN_CHANNELS,
+            norm=era.NORM,
+            norm_momentum=era.NORM_MOMENTUM,
+            accumulated_inputs=era.ACCUMULATED_INPUTS,
+            shared_up_projection=era.SHARED_UP_PROJECTION,
+        )
+        return {
+            "estimator": FeatureEstimator(
+                levels=levels, in_channels=in_channels, out_channels=out_channels, mbrnet=mbrnet
+            ),
+            "teacher": teacher,
+            "scales": era.SCALES,
+            "feature_weight": era.FEATURE_WEIGHT,
+            "residual_weight": era.RESIDUAL_WEIGHT,
+            "kd_weight": era.KD_WEIGHT,
+            "kd_temperature": era.KD_TEMPERATURE,
+            "rpn_weight": era.TWI.RPN_WEIGHT,
+            "roi_weight": era.TWI.ROI_WEIGHT,
+            "alpha": era.ALPHA,
+        }
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def losses(self, step: DistillationStep) -> dict[str, Tensor]:
+        """The ERA losses, weighted, each present only if its weight is above 0:
+
+        - ``loss_era_feature`` = w_f * MSE(e_0, sg F_T);
+        - ``loss_era_residual`` = (w_r / N) * sum_i s_i * MSE(d_i, sg(F_T - e_{i-1}));
+        - ``loss_era_twi_rpn``, ``loss_era_twi_roi``: the teacher's heads on e_0 (weight 1) and on every
+          e_i (weight s_i / N), against the ground truth;
+        - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
+
+        Puts ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``, i = 0..N, into
+        the event storage: it must fall with i and with training.
+        """
+        losses = {}
+        uses_heads = self.rpn_weight > 0 or self.roi_weight > 0
+        if uses_heads or self.feature_weight > 0 or self.residual_weight > 0:
+            estimates = self.estimator(step.student.features)
+            cumulative = estimates.cumulative()
+            self._feature_losses(losses, step, estimates.residuals, cumulative)
+            if uses_heads:
+                self._twi_losses(losses, step, cumulative)
+        if self.kd_weight > 0:
+            losses["loss_era_kd"] = self.kd_weight * kd_loss(
+                step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
+            )
+        return losses
+
+    def _feature_losses(self, losses, step, residuals, cumulative) -> None:
+        target = step.teacher_features
+        levels = self.estimator.levels
+        # distances[i][level] = MSE(e_i, F_T), for i > 0 with gradient into d_i alone
+        distances = [{level: mse(cumulative[0][level], target[level]) for level in levels}]
+        for residual, previous in zip(residuals, cumulative, strict=False):
+            distances.append(
+                {
+                    level: residual_mse(residual[level], previous[level], target[level])
+                    for level in levels
+                }
+            )
+        if self.feature_weight > 0:
+            losses["loss_era_feature"] = self.feature_weight * level_mean(distances[0].values())
+        if self.residual_weight > 0 and residuals:
+            total = sum(
+                scale * level_mean(by_level.values())
+                for scale, by_level in zip(self.scales, distances[1:], strict=True)
+            )
+            losses["loss_era_residual"] = self.residual_weight / len(residuals) * total
+
+        storage = get_event_storage()
+        values = torch.stack([d[level].detach() for level in levels for d in distances]).tolist()
+        names = [f"era/{level}/residual_e{i}" for level in levels for i in range(len(distances))]
+        storage.put_scalars(smoothing_hint=True, **dict(zip(names, values, strict=True)))
+
+    def _twi_losses(self, losses, step, cumulative) -> None:
+        heads = TeacherHeads(self.teacher.model.proposal_generator, self.teacher.model.roi_heads)
+        weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
+        for name, weight, loss in (
+            ("loss_era_twi_rpn", self.rpn_weight, heads.rpn_loss),
+            ("loss_era_twi_roi", self.roi_weight, heads.roi_loss),
+        ):
+            if weight > 0:
+                losses[name] = weight * sum(
+                    w * loss(estimate, step.student)
+                    for w, estimate in zip(weights, cumulative, strict=True)
+                )
+
+    def detector(self, student: GeneralizedRCNN) -> Callable | None:
+        """At alpha 0 None (the plain student); above, the blended detector."""
+        if self.alpha == 0:
+            return None
+        return BlendedDetector(student, self.teacher.model, self.estimator, self.alpha)
+
+
+def check_levels(
+    student: GeneralizedRCNN, teacher: Teacher, levels: list[str]
+) -> tuple[int, int]:
+    """Both models have every level, at equal strides and with one channel count each.
+
+    Returns:
+        Channels of the student's and of the teacher's maps.
+
+    Raises:
+        UserError: names the level and what differs.
+    """
+    shapes = {
+        "student": student.backbone.output_shape(),
+        "teacher": teacher.model.backbone.output_shape(),
+    }
+    for who, shape in shapes.items():
+        missing = [level for level in levels if level not in shape]
+        if missing:
+            raise UserError(
+                f"MODEL.ERA.LEVELS is {levels}, but the {who}'s backbone has no {missing} (it has "
+                f"{sorted(shape)}): list levels that both models have."
+            )
+        channels = {shape[level].channels for level in levels}
+        if len(channels) > 1:
+            raise UserError(
+                f"MODEL.ERA.LEVELS is {levels}, at which the {who} has {sorted(channels)} channels: "
+                "branches shared by levels need one number; list levels of an FPN."
+            )
+    for level in levels:
+        strides = {who: shape[level].stride for who, shape in shapes.items()}
+        if len(set(strides.values())) > 1:
+            raise UserError(
+                f"MODEL.ERA.LEVELS names {level}, which has stride {strides['student']} in the student "
+                f"and {strides['teacher']} in the teacher: the FPN levels of both must match; choose a "
+                "teacher with the same strides or leave the level out."
+            )
+    return shapes["student"][levels[0]].channels, shapes["teacher"][levels[0]].channels

@@ -1,0 +1,220 @@
+"""The teacher: a frozen detector from a config file, weights and overrides."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from era.checkpoint import load_exactly, weights_hash
+from era.config import get_era_cfg, merge_config, student_config
+from era.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher(nn.Module):
+    """A frozen Detectron2 detector: always in eval mode, no parameter with gradient.
+
+    It sees the student's images but preprocesses them for itself (channel order, mean, std).
+
+    Args:
+        model: a GeneralizedRCNN that was not trained here; frozen in place.
+        input_format: channel order that the model expects, ``BGR`` or ``RGB``.
+        received_format: channel order of the images that it will be given.
+        source: config file and weights as the user named them, for logs and checkpoints.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        model: GeneralizedRCNN,
+        input_format: str,
+        received_format: str,
+        source: dict[str, str],
+    ):
+        super().__init__()
+        self.model = model
+        self.flip_channels = input_format != received_format
+        self.source = source
+        self.requires_grad_(False)
+        self.train(False)
+        self._sha256: str | None = None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        """Build the teacher that ``MODEL.TEACHER`` of a student's config describes, and load it.
+
+        Raises:
+            UserError: config or weights absent, unreadable or unfit for each other.
+        """
+        keys = cfg.MODEL.TEACHER
+        teacher_cfg = teacher_config(cfg)
+        model = build_model(student_config(teacher_cfg))
+        if not isinstance(model, GeneralizedRCNN):
+            raise UserError(
+                f"MODEL.TEACHER.CONFIG_FILE {keys.CONFIG_FILE} builds a {type(model).__name__}: "
+                "expected a GeneralizedRCNN; name another config."
+            )
+        if keys.WEIGHTS:
+            load_exactly(model, keys.WEIGHTS, what="MODEL.TEACHER.WEIGHTS")
+        elif keys.ALLOW_RANDOM:
+            logger.warning("The teacher has RANDOM weights (MODEL.TEACHER.ALLOW_RANDOM True).")
+        else:
+            raise UserError(
+                'MODEL.TEACHER.WEIGHTS is "": expected a checkpoint of '
+                f"{keys.CONFIG_FILE}; name one, or set MODEL.TEACHER.ALLOW_RANDOM True if random weights "
+                "are meant."
+            )
+        formats = {"student": cfg.INPUT.FORMAT, "teacher": teacher_cfg.INPUT.FORMAT}
+        for who, value in formats.items():
+            if value not in ("BGR", "RGB"):
+                raise UserError(f"INPUT.FORMAT of the {who} is {value!r}: expected BGR or RGB.")
+        return {
+            "model": model,
+            "input_format": formats["teacher"],
+            "received_format": formats["student"],
+            "source": {"config_file": keys.CONFIG_FILE, "weights": keys.WEIGHTS},
+        }
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode, whatever is asked for."""
+        return super().train(False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the teacher's weights; computed when first asked for."""
+        if self._sha256 is None:
+            self._sha256 = weights_hash(self.model.state_dict())
+        return self._sha256
+
+    @property
+    def num_classes(self) -> int:
+        """Foreground classes of the ROI heads."""
+        return self.model.roi_heads.num_classes
+
+    def preprocess(self, batched_inputs: list[dict], height: int, width: int) -> ImageList:
+        """Normalise the images for the teacher, padded like the student's batch.
+
+        Args:
+            batched_inputs: the student's inputs; ``image`` is (3, h, w) in the student's channel order.
+            height, width: size in pixels of the student's padded batch. The result is padded to at
+                least that, rounded up to what the teacher's backbone divides by.
+        """
+        model = self.model
+        step = max(model.backbone.size_divisibility, 1)
+        height, width = (math.ceil(size / step) * step for size in (height, width))
+        batch = model.pixel_mean.new_zeros(len(batched_inputs), 3, height, width)
+        sizes = []
+        for padded, item in zip(batch, batched_inputs, strict=True):
+            image = item["image"].to(batch.device)
+            image = image.flip(0) if self.flip_channels else image
+            padded[:, : image.shape[1], : image.shape[2]] = (
+                image - model.pixel_mean
+            ) / model.pixel_std
+            sizes.append(tuple(image.shape[-2:]))
+        return ImageList(batch, sizes)
+
+    @torch.no_grad()
+    def features(
+        self, batched_inputs: list[dict], like: dict[str, Tensor], image_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """The teacher's FPN maps on the student's images, cut to the height and width of ``like``.
+
+        Args:
+            like: the student's maps; levels that the teacher lacks are left out.
+            image_size: height and width in pixels of the student's padded batch.
+
+        Returns:
+            Level name to (B, C_T, H, W). Padding is at the bottom and right, so a cut keeps alignment.
+
+        Raises:
+            ValueError: a teacher's map is smaller than the student's (strides differ).
+        """
+        images = self.preprocess(batched_inputs, *image_size)
+        features = {}
+        for level, value in self.model.backbone(images.tensor).items():
+            if level not in like:
+                continue
+            height, width = like[level].shape[-2:]
+            if value.shape[-2] < height or value.shape[-1] < width:
+                raise ValueError(
+                    f"level {level}: teacher {tuple(value.shape[-2:])} is smaller than the student's "
+                    f"{(height, width)}"
+                )
+            features[level] = value[..., :height, :width]
+        return features
+
+    @torch.no_grad()
+    def predict_rois(
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """ROI class logits (R, K + 1) and deltas (R, 4K or 4) on given proposals, without gradient."""
+        heads = self.model.roi_heads
+        maps = [features[level] for level in heads.box_in_features]
+        pooled = heads.box_pooler(maps, [p.proposal_boxes for p in proposals])
+        return heads.box_predictor(heads.box_head(pooled))
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        """Detections of the teacher itself, as ``GeneralizedRCNN`` returns them."""
+        if self.flip_channels:
+            batched_inputs = [{**item, "image": item["image"].flip(0)} for item in batched_inputs]
+        return self.model.inference(batched_inputs)
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's own config, from the keys under ``MODEL.TEACHER`` of the student's.
+
+    Raises:
+        UserError: no such file or name, or overrides that do not fit.
+    """
+    keys = cfg.MODEL.TEACHER
+    if not keys.CONFIG_FILE:
+        raise UserError(
+            'MODEL.TEACHER.CONFIG_FILE is "": expected the path of a config file or a model-zoo name; '
+            "name the teacher's."
+        )
+    teacher_cfg = get_era_cfg()  # a teacher that was trained here is described by its own config
+    merge_config(
+        teacher_cfg,
+        keys.CONFIG_FILE,
+        list(keys.OPTS),
+        what="MODEL.TEACHER.CONFIG_FILE",
+        opts_what="MODEL.TEACHER.OPTS",
+    )
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher_cfg.MODEL.WEIGHTS = ""
+    return teacher_cfg
+
+
+class TeacherRecord:
+    """The teacher's entry in a training checkpoint: its source and hash, never its weights."""
+
+    def __init__(self, teacher: Teacher):
+        self._teacher = teacher
+
+    def state_dict(self) -> dict[str, str]:
+        """Config file, weights and SHA-256 of the teacher."""
+        return {**self._teacher.source, "sha256": self._teacher.sha256}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Refuse to go on with another teacher.
+
+        Raises:
+            UserError: the hashes differ.
+        """
+        if state["sha256"] != self._teacher.sha256:
+            raise UserError(
+                f"the checkpoint was trained with the teacher {state['weights']!r} (SHA-256 "
+                f"{state['sha256'][:12]}...), MODEL.TEACHER.WEIGHTS {self._teacher.source['weights']!r} "
+                f"is another ({self._teacher.sha256[:12]}...): name the same teacher to resume, or start "
+                "a new run in another OUTPUT_DIR."
+            )

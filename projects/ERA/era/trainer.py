@@ -1,0 +1,301 @@
+"""Training and evaluation: Detectron2's DefaultTrainer for distillers and plain detectors alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import OrderedDict
+from contextlib import nullcontext
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from era.checkpoint import SafeCheckpointer, save_plain_student
+from era.config import student_config
+from era.data.coco import check_datasets, check_num_classes, register_from_config
+from era.distiller import Distiller
+from era.errors import UserError
+from era.teacher import TeacherRecord
+
+logger = logging.getLogger(__name__)
+
+STUDENT_FOLDER = "student"  # below OUTPUT_DIR: the plain student at the end of training
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's SimpleTrainer with gradient accumulation and mixed precision on GPU and CPU.
+
+    Args:
+        model, data_loader, optimizer: as SimpleTrainer.
+        accumulation_steps: batches whose mean gradient makes one optimiser step.
+        amp_dtype: type of autocast, None for float32 throughout. float16 scales the loss.
+        device_type: ``cuda`` or ``cpu``, for autocast.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulation_steps: int = 1,
+        amp_dtype: torch.dtype | None = None,
+        device_type: str = "cuda",
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulation_steps = accumulation_steps
+        self.amp_dtype = amp_dtype
+        self.device_type = device_type
+        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp_dtype == torch.float16)
+
+    def run_step(self) -> None:
+        """One optimiser step: forward and backward of every batch in it, then the update."""
+        assert self.model.training, "the model was changed to eval mode"
+        self.optimizer.zero_grad()
+        data_time, total = 0.0, {}
+        for index in range(self.accumulation_steps):
+            start = time.perf_counter()
+            data = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            is_last = index == self.accumulation_steps - 1
+            with self._no_sync() if not is_last else nullcontext():
+                with torch.autocast(
+                    self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+                ):
+                    losses = self.model(data)
+                losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
+                self.grad_scaler.scale(sum(losses.values())).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0.0) + loss.detach()
+        self.after_backward()
+        self._write_metrics(total, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _no_sync(self):
+        is_ddp = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if is_ddp else nullcontext()
+
+    def state_dict(self) -> dict:
+        """Optimiser, hooks, and the loss scale of float16."""
+        state = super().state_dict()
+        state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Inverse of :meth:`state_dict`; a checkpoint of a run in another precision is accepted."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class Trainer(DefaultTrainer):
+    """Trains distillers, teachers and plain baselines by config, on GPUs and on the CPU.
+
+    Unlike DefaultTrainer it works with several CPU processes, accumulates gradients, reads checkpoints
+    without running pickled code, evaluates on COCO, and leaves a plain student behind.
+
+    Args:
+        cfg: config after :func:`era.launch.setup_config`.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)  # DefaultTrainer's own __init__ cannot do CPU DDP
+        cfg = scale_to_world(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        device = torch.device(cfg.MODEL.DEVICE)
+        ddp_options = {"device_ids": None} if device.type == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_options)
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            amp_dtype=amp_dtype(cfg),
+            device_type=device.type,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SafeCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **teacher_record(model)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._teacher_results: dict | None = None
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without DDP around it."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As DefaultTrainer; a fresh start of a distiller may let the student inherit the heads."""
+        super().resume_or_load(resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if not resumed and wants_inheritance(self.cfg):
+            self.bare_model.init_student_from_teacher()
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, and the plain student at the end."""
+        ret = super().build_hooks()
+        if comm.is_main_process():
+            ret.append(SaveStudent())
+        return ret
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes."""
+        return build_detection_train_loader(
+            cfg, total_batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """Detectron2's test loader."""
+        return build_detection_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        """COCO evaluation into ``OUTPUT_DIR/inference``."""
+        return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once."""
+        results = evaluate(cfg, model)
+        if cfg.TEST.EVAL_TEACHER and isinstance(self.bare_model, Distiller):
+            if self._teacher_results is None:
+                self._teacher_results = evaluate_teacher(cfg, self.bare_model)
+            results["teacher"] = self._teacher_results
+        return results
+
+
+class BoxEvaluator(COCOEvaluator):
+    """COCOEvaluator that calls no detection at all AP 0 instead of nan, because that is what it is."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is None:
+            results = dict.fromkeys(results, 0.0)
+        return results
+
+
+class SaveStudent(HookBase):
+    """After complete training, writes the plain student to ``OUTPUT_DIR/student``."""
+
+    def after_train(self) -> None:
+        """Nothing is written if training stopped early."""
+        trainer = self.trainer
+        if trainer.iter < trainer.max_iter:
+            return
+        model = trainer.bare_model
+        student = model.student if isinstance(model, Distiller) else model
+        folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
+        path = save_plain_student(student, trainer.cfg, folder)
+        logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, *, output_dir: str | None = None) -> OrderedDict:
+    """COCO metrics of a model on every ``DATASETS.TEST``.
+
+    Args:
+        output_dir: where detections go; default ``OUTPUT_DIR/inference``.
+
+    Returns:
+        ``{"bbox": {"AP": ..., ...}}`` for one dataset, else that by dataset name. AP in points of 100.
+        Empty on processes other than the main one.
+    """
+    results = OrderedDict()
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    for name in cfg.DATASETS.TEST:
+        loader = Trainer.build_test_loader(cfg, name)
+        results[name] = inference_on_dataset(model, loader, BoxEvaluator(name, output_dir=output_dir))
+        if comm.is_main_process():
+            logger.info("Evaluation results for %s in csv format:", name)
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_teacher(cfg: CfgNode, distiller: Distiller) -> OrderedDict:
+    """COCO metrics of the distiller's teacher on the student's test images."""
+    logger.info("Evaluating the teacher (TEST.EVAL_TEACHER True) ...")
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", "teacher")
+    return evaluate(cfg, distiller.teacher, output_dir=folder)
+
+
+def wants_inheritance(cfg: CfgNode) -> bool:
+    """Whether the student is to start from the teacher's heads."""
+    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.MODEL.ERA.TWI.INIT_STUDENT
+
+
+def teacher_record(model: nn.Module) -> dict[str, TeacherRecord]:
+    """The teacher's entry for a checkpointer of ``model``; empty for a plain model."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"teacher": TeacherRecord(model.teacher)} if isinstance(model, Distiller) else {}
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The type of mixed precision that the config asks for, None for none."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    if cfg.SOLVER.AMP.DTYPE != "auto":
+        return getattr(torch, cfg.SOLVER.AMP.DTYPE)
+    return torch.bfloat16 if cfg.MODEL.DEVICE == "cpu" else torch.float16
+
+
+def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Detectron2's linear scaling from ``SOLVER.REFERENCE_WORLD_SIZE`` processes to those at work.
+
+    Accumulated batches count as processes: one GPU with ``SOLVER.ACCUMULATION_STEPS 8`` follows an
+    8-GPU recipe unchanged. What changed is logged.
+
+    Raises:
+        UserError: the reference does not divide the batch, or the batch cannot be split evenly.
+    """
+    workers = world_size * cfg.SOLVER.ACCUMULATION_STEPS
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference < 0 or (reference > 0 and cfg.SOLVER.IMS_PER_BATCH % reference):
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: expected a divisor of SOLVER.IMS_PER_BATCH "
+            f"({cfg.SOLVER.IMS_PER_BATCH}), or 0 for no scaling; change one of the two."
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, workers)
+    if scaled.SOLVER.IMS_PER_BATCH % workers:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {scaled.SOLVER.IMS_PER_BATCH} images an optimiser step, which "
+            f"{world_size} process(es) with SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS} cannot "
+            "share evenly: make it a multiple of their product."
+        )
+    if scaled is not cfg:
+        keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
+        changes = ", ".join(f"{k} {cfg.SOLVER[k]} -> {scaled.SOLVER[k]}" for k in keys)
+        logger.info(
+            "SOLVER.REFERENCE_WORLD_SIZE %d, at work %d process(es) x %d accumulated batches: %s, "
+            "TEST.EVAL_PERIOD %d -> %d",
+            reference, world_size, cfg.SOLVER.ACCUMULATION_STEPS, changes,
+            cfg.TEST.EVAL_PERIOD, scaled.TEST.EVAL_PERIOD,
+        )  # fmt: skip
+    return scaled
+
+
+def check_data(cfg: CfgNode, *, for_training: bool) -> None:
+    """Register datasets of one's own and check all that the config names.
+
+    Raises:
+        UserError: see :mod:`era.data.coco`.
+    """
+    register_from_config(cfg)
+    class_names = check_datasets(cfg, for_training=for_training)
+    if class_names is not None:
+        check_num_classes(class_names, student_config(cfg).MODEL.ROI_HEADS.NUM_CLASSES, "student")
