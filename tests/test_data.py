@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,9 +142,9 @@ def test_pycocotools_and_detectron2_read_it(tmp_path, monkeypatch):
         assert cv2.imread(record["file_name"]).shape[:2] == (record["height"], record["width"])
 
 
-def test_preview_is_a_grid_of_enlarged_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy.ensure, "__defaults__", (None, SPEC))
-    assert toy.preview(tmp_path, 2, 3).shape == (2 * 3 * 128, 3 * 3 * 128, 3)  # 4 images, 2 blank
+def test_preview_is_a_grid_of_enlarged_images(tmp_path):
+    grid = toy.preview(tmp_path, 2, 3, spec=SPEC)  # four images, two blank tiles
+    assert grid.shape == (2 * 3 * 128, 3 * 3 * 128, 3) and grid.dtype == np.uint8
 
 
 # ---- the toy dataset: files ----------------------------------------------------------------------
@@ -191,37 +192,39 @@ def test_a_crash_leaves_nothing_half_written(tmp_path, monkeypatch, older):
 
 
 def _ensure_in_child(root, ready, written):
-    """Count the splits this process writes; used by the test below, in a process of its own."""
+    """Count the splits that this process writes; run by the test below in a process of its own."""
     write, count = toy._write_split, []
     toy._write_split = lambda *args: (count.append(1), write(*args))
     ready.put(True)
-    toy.ensure(root, SPEC)
-    assert len(list((Path(root) / "era_toy" / "train").iterdir())) == 4  # whole on return
+    folder = toy.ensure(root, SPEC)
+    assert len(digest(folder)) == 9  # whole on return
     written.put(len(count))
 
 
 def test_two_processes_at_once_make_one_whole_dataset(tmp_path):
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit OpenCV's threads
     ready, written = spawn.Queue(), spawn.Queue()
-    args = (tmp_path, ready, written)
-    children = [spawn.Process(target=_ensure_in_child, args=args) for _ in range(2)]
-    with toy._lock(tmp_path):  # until both are about to ask for it
-        for child in children:
-            child.start()
-        assert all(ready.get(timeout=60) for _ in children)
+    child = spawn.Process(target=_ensure_in_child, args=(tmp_path, ready, written))
+    here = threading.Thread(target=toy.ensure, args=(tmp_path, SPEC))
+    stamp = tmp_path / "era_toy" / "spec.json"
+    with toy._lock(tmp_path):  # until both processes wait for it
+        child.start()
+        assert ready.get(timeout=60)
+        here.start()
         time.sleep(0.2)
-        assert not (tmp_path / "era_toy").exists()
-    counts = sorted(written.get(timeout=60) for _ in children)
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
-    assert counts == [0, 2]  # one wrote both splits, the other waited and wrote nothing
+        assert not stamp.exists()
+    here.join(60)
+    made = stamp.stat()
+    assert written.get(timeout=60) in (0, 2)  # the whole of it or nothing
+    child.join(60)
+    assert child.exitcode == 0
+    assert stamp.stat() == made  # whoever came second left it as it was
     assert digest(tmp_path / "era_toy") == digest(toy.generate(tmp_path / "alone", SPEC))
 
 
 def test_what_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written below .*file.*DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match=r"cannot be written below .*file.*DETECTRON2_DATASETS"):
         toy.ensure(tmp_path / "file", SPEC)
     (tmp_path / "era_toy").mkdir()
     (tmp_path / "era_toy" / "mine.txt").write_text("keep me")

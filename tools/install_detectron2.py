@@ -355,16 +355,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"already. It is upstream's commit {UPSTREAM_COMMIT}, taken from the PyPI wheel {SOURCE_NAME}=="
         f"{SOURCE_VERSION}, whose SHA-256 is checked, and repacked without its compiled part.",
         epilog="examples: 'python tools/install_detectron2.py -c constraints.txt' installs with the "
-        "pinned versions that the tests ran with; 'python tools/install_detectron2.py --output dist' only builds the "
-        "wheel, for another machine. To remove it again: 'pip uninstall detectron2'. To use a "
+        "pinned versions that the tests ran with; 'python tools/install_detectron2.py --output "
+        "dist' only builds the wheel, for another machine. To remove it again: 'pip uninstall detectron2'. To use a "
         "Detectron2 of your own, install it first: this script then does nothing.",
     )
     parser.add_argument(
         "--wheel",
         type=Path,
         metavar="FILE",
-        help=f"use this {SOURCE_NAME}-{SOURCE_VERSION} wheel instead of downloading it; fetch it with "
-        f"'pip download --no-deps --only-binary=:all: --python-version {SOURCE_PYTHON} "
+        help=f"use this {SOURCE_NAME}-{SOURCE_VERSION} wheel instead of downloading it; fetch it "
+        f"with 'pip download --no-deps --only-binary=:all: --python-version {SOURCE_PYTHON} "
         f"{SOURCE_NAME}=={SOURCE_VERSION}'",
     )
     parser.add_argument(

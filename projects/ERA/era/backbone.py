@@ -48,7 +48,10 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
         )
         in_channels, out_channels = out_channels, out_channels * 2
     bottom_up = ResNet(
-        stem, stages, out_features=list(cfg.MODEL.FPN.IN_FEATURES), freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+        stem,
+        stages,
+        out_features=list(cfg.MODEL.FPN.IN_FEATURES),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
     return FPN(
         bottom_up=bottom_up,

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class SafeUnpickler(pickle.Unpickler):
     """Reads pickles of plain containers and numpy arrays, such as model-zoo weights; nothing else, so a
     pickle never runs code of its own."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("_codecs", "encode"): codecs.encode,
         ("numpy", "dtype"): np.dtype,
@@ -147,11 +147,12 @@ def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
     checkpointer = SafeCheckpointer(model, save_to_disk=False)
     checkpointer.load(path, checkpointables=[])
     wrong = checkpointer.incompatible
-    problems = [f"lacks {key}" for key in wrong.missing_keys]
-    problems += [
+    problems = [
         f"has {key} of shape {tuple(found)} where the model has {tuple(expected)}"
         for key, found, expected in wrong.incorrect_shapes
     ]
+    misshapen = {key for key, _, _ in wrong.incorrect_shapes}  # these count as missing too
+    problems += [f"lacks {key}" for key in wrong.missing_keys if key not in misshapen]
     if problems:
         raise UserError(
             f"{what} {path!r} does not fit the model of its config: it {problems[0]}"

@@ -53,7 +53,9 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
     _C.MODEL.ERA.NUM_BLOCKS = 2  # conv-norm blocks in a branch, a ReLU between two of them
     _C.MODEL.ERA.KERNEL_SIZE = 1  # of every conv in a branch, pixels of the map; odd
-    _C.MODEL.ERA.HIDDEN_CHANNELS = 0  # width between the blocks of a branch; 0 = the student's channels
+    _C.MODEL.ERA.HIDDEN_CHANNELS = (
+        0  # width between the blocks of a branch; 0 = the student's channels
+    )
     _C.MODEL.ERA.NORM = "BN"  # none, BN, SyncBN or GN, after every conv of a branch
     _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
     # Branch i reads F_S + sum_{j<i} B_j(x_j) (True) or F_S (False, parallel branches).
@@ -182,7 +184,10 @@ def validate_config(cfg: CfgNode) -> None:
         UserError: names the key, what was found, what was expected and what to do.
     """
     era = cfg.MODEL.ERA
-    if cfg.SOLVER.ACCUMULATION_STEPS < 1 or cfg.SOLVER.IMS_PER_BATCH % cfg.SOLVER.ACCUMULATION_STEPS:
+    if (
+        cfg.SOLVER.ACCUMULATION_STEPS < 1
+        or cfg.SOLVER.IMS_PER_BATCH % cfg.SOLVER.ACCUMULATION_STEPS
+    ):
         raise UserError(
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: expected a divisor of "
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}); change one of the two."
@@ -220,7 +225,9 @@ def validate_config(cfg: CfgNode) -> None:
     if era.NORM not in NORMS:
         raise UserError(f"MODEL.ERA.NORM is {era.NORM!r}: expected one of {', '.join(NORMS)}.")
     if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
-        raise UserError(f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on.")
+        raise UserError(
+            f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on."
+        )
     if era.NUM_BLOCKS < 1 or era.HIDDEN_CHANNELS < 0:
         raise UserError(
             f"MODEL.ERA.NUM_BLOCKS is {era.NUM_BLOCKS} and MODEL.ERA.HIDDEN_CHANNELS is "

@@ -61,9 +61,7 @@ class Distiller(nn.Module):
             check_classes(student, teacher)
             if cfg.MODEL.ERA.TWI.INIT_STUDENT:
                 check_teacher_heads(teacher.model, student, list(cfg.MODEL.ERA.LEVELS))
-                check_equal_heads(
-                    teacher.model, student, reason="MODEL.ERA.TWI.INIT_STUDENT True"
-                )
+                check_equal_heads(teacher.model, student, reason="MODEL.ERA.TWI.INIT_STUDENT True")
             methods = build_methods(cfg, student, teacher)
         return {"student": student, "teacher": teacher, "methods": methods}
 

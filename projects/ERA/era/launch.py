@@ -219,6 +219,7 @@ def run_process(args: argparse.Namespace) -> dict | None:
         cfg = setup_config(args)
         check_data(cfg, for_training=not args.eval_only)  # datasets are registered in every process
         default_setup(cfg, args)
+        logging.getLogger("era").handlers.clear()  # from here on it writes into the run's log too
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="era")
         if args.eval_only:
             model = build_for_evaluation(cfg, resume=args.resume)

@@ -23,7 +23,8 @@ def conv_norm(
     """A conv of stride 1 that keeps height and width, then its norm.
 
     Args:
-        norm: ``none``, ``BN``, ``SyncBN`` or ``GN`` (32 groups, or as many as divide the channels).
+        norm: ``none``, ``BN``, ``SyncBN`` or ``GN`` (at most 32 groups, of at least 8
+            channels).
         momentum: of BN and SyncBN.
 
     Raises:
@@ -42,7 +43,7 @@ def conv_norm(
     if norm == "SyncBN":
         return [conv, nn.SyncBatchNorm(out_channels, momentum=momentum)]
     if norm == "GN":
-        return [conv, nn.GroupNorm(math.gcd(32, out_channels), out_channels)]
+        return [conv, nn.GroupNorm(math.gcd(32, max(out_channels // 8, 1)), out_channels)]
     raise ValueError(f"norm is {norm!r}: expected none, BN, SyncBN or GN")
 
 
@@ -178,7 +179,9 @@ class FeatureEstimator(nn.Module):
         super().__init__()
         self.levels = list(levels)
         self.adapter = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
         )
         self.mbrnet = mbrnet
 

@@ -30,6 +30,7 @@ class Recording:
         anchors: the RPN's anchors, one :class:`Boxes` a level, pixels.
         anchor_labels: per image, (sum of H * W * A,) of 1 object, 0 background, -1 not sampled.
         anchor_boxes: per image, the matched ground-truth box of every anchor, (sum of H * W * A, 4).
+        anchors_per_image: ``MODEL.RPN.BATCH_SIZE_PER_IMAGE``, what the RPN's losses are divided by.
         proposals: per image, the sampled proposals with ``gt_classes`` (and ``gt_boxes`` if any).
         roi_features: the box pooler's output on those proposals, (R, C_S, P, P), with gradient.
         roi_predictions: class logits (R, K + 1) and box deltas (R, 4K or 4), with gradient.
@@ -41,6 +42,7 @@ class Recording:
     anchors: list[Boxes] = field(default_factory=list)
     anchor_labels: list[Tensor] = field(default_factory=list)
     anchor_boxes: list[Tensor] = field(default_factory=list)
+    anchors_per_image: int = 0
     proposals: list[Instances] = field(default_factory=list)
     roi_features: Tensor = None
     roi_predictions: tuple[Tensor, Tensor] = None
@@ -78,7 +80,7 @@ def record(student: GeneralizedRCNN) -> Iterator[Recording]:
     Forward hooks and one wrapped method (the RPN's public ``label_and_sample_anchors``) are put on at
     entry and taken off at exit, also when the forward fails.
     """
-    recording = Recording()
+    recording = Recording(anchors_per_image=student.proposal_generator.batch_size_per_image)
     rpn, roi_heads = student.proposal_generator, student.roi_heads
 
     def on_rpn_input(_module, args):

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from era.checkpoint import load_exactly, weights_hash
 from era.config import get_era_cfg, merge_config, student_config

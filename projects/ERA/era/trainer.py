@@ -220,7 +220,9 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, output_dir: str | None = None) -
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in cfg.DATASETS.TEST:
         loader = Trainer.build_test_loader(cfg, name)
-        results[name] = inference_on_dataset(model, loader, BoxEvaluator(name, output_dir=output_dir))
+        results[name] = inference_on_dataset(
+            model, loader, BoxEvaluator(name, output_dir=output_dir)
+        )
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)
             print_csv_format(results[name])
@@ -278,7 +280,14 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
             "share evenly: make it a multiple of their product."
         )
     if scaled is not cfg:
-        keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
+        keys = (
+            "IMS_PER_BATCH",
+            "BASE_LR",
+            "MAX_ITER",
+            "STEPS",
+            "WARMUP_ITERS",
+            "CHECKPOINT_PERIOD",
+        )
         changes = ", ".join(f"{k} {cfg.SOLVER[k]} -> {scaled.SOLVER[k]}" for k in keys)
         logger.info(
             "SOLVER.REFERENCE_WORLD_SIZE %d, at work %d process(es) x %d accumulated batches: %s, "

@@ -42,14 +42,15 @@ class TeacherHeads:
             step: the student's step, for its anchors, their sampled labels and matched boxes.
 
         Returns:
-            Scalar: Detectron2's ``loss_rpn_cls + loss_rpn_loc`` with the teacher's loss settings.
+            Scalar: Detectron2's ``loss_rpn_cls + loss_rpn_loc`` with the teacher's loss settings, per
+            anchor that the STUDENT samples (the teacher's own sample size plays no part).
         """
         logits, deltas = self.rpn_predictions(estimate)
         with _own_scope():
             losses = self.rpn.losses(
                 step.anchors, logits, step.anchor_labels, deltas, step.anchor_boxes
             )
-        return sum(losses.values())
+        return sum(losses.values()) * (self.rpn.batch_size_per_image / step.anchors_per_image)
 
     def roi_loss(self, estimate: dict[str, Tensor], step: Recording) -> Tensor:
         """Class and box losses of the teacher's ROI box head on one estimate.
@@ -87,9 +88,7 @@ def rpn_predictions(rpn: RPN, features: dict[str, Tensor]) -> tuple[list[Tensor]
     """
     logits, deltas = rpn.rpn_head([features[level] for level in rpn.in_features])
     logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
-    deltas = [
-        x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas
-    ]
+    deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas]
     return logits, deltas
 
 
@@ -178,7 +177,8 @@ def check_equal_heads(teacher: nn.Module, student: nn.Module, *, reason: str) ->
 
 def _equal_anchors(own, other) -> bool:
     return len(own) == len(other) and all(
-        a.shape == b.shape and torch.equal(a.cpu(), b.cpu()) for a, b in zip(own, other, strict=True)
+        a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
+        for a, b in zip(own, other, strict=True)
     )
 
 
@@ -187,4 +187,3 @@ def _own_scope():
     """Keep the statistics that Detectron2's loss functions log apart from the student's own."""
     with get_event_storage().name_scope("era/twi"):
         yield
-

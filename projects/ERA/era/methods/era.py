@@ -62,7 +62,9 @@ class ERA(Method):
         self.rpn_weight = rpn_weight
         self.roi_weight = roi_weight
         self.alpha = alpha
-        self._teacher = (teacher,)  # in a tuple: not a submodule, so never saved, trained or wrapped
+        self._teacher = (
+            teacher,
+        )  # in a tuple: not a submodule, so never saved, trained or wrapped
         uses_heads = rpn_weight > 0 or roi_weight > 0
         if not uses_heads and residual_weight == 0:
             estimator.mbrnet.requires_grad_(False)
@@ -187,9 +189,7 @@ class ERA(Method):
         return BlendedDetector(student, self.teacher.model, self.estimator, self.alpha)
 
 
-def check_levels(
-    student: GeneralizedRCNN, teacher: Teacher, levels: list[str]
-) -> tuple[int, int]:
+def check_levels(student: GeneralizedRCNN, teacher: Teacher, levels: list[str]) -> tuple[int, int]:
     """Both models have every level, at equal strides and with one channel count each.
 
     Returns:

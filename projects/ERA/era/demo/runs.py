@@ -1,0 +1,211 @@
+"""What the demo trains: its runs, their command lines, and the folder that they write to."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from detectron2.config import CfgNode
+
+from era.config import load_config, validate_config
+from era.errors import UserError
+from era.trainer import STUDENT_FOLDER
+
+MARKER = ".era-demo"  # lies in every folder that the demo made itself
+STAMP = "demo_run.json"  # lies in every run's folder once that run is complete
+LOG = "train.log"  # what a run would have written to the screen
+
+# Keys that the demo sets itself, and what to use instead of overriding them.
+RESERVED = {
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "MODEL.WEIGHTS": "nothing: every run starts from scratch",
+    "MODEL.TEACHER.WEIGHTS": "nothing: the demo trains its own teacher",
+}
+
+# Everything that the demo writes, so that it replaces nothing else.
+RUN_NAMES = ("teacher", "plain", "era", "era_alpha1", "plain_init", "era_init")
+PRODUCTS = (
+    "table.md",
+    "results.json",
+    "report.html",
+    "losses.png",
+    "residuals.png",
+    "ap.png",
+    "pictures",
+)
+
+NOTHING, HEADS = "nothing", "RPN and ROI heads"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of the demo: a training, or the evaluation of a trained model."""
+
+    name: str  # also its folder's name
+    label: str  # in tables and figures
+    config_file: str
+    opts: tuple[str, ...]  # KEY, VALUE, KEY, VALUE, ...
+    folder: Path
+    iterations: int  # optimiser steps; 0 = evaluation only
+    cost: float  # prior: time of a step relative to the plain student's
+    inherited: str = NOTHING  # weights of the teacher that the student started from
+    depends_on: str | None = None  # the run whose model it needs
+    command: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def log(self) -> Path:
+        """Where the process's own output goes."""
+        return self.folder / LOG
+
+    @property
+    def config(self) -> CfgNode:
+        """The resolved config."""
+        return load_config(self.config_file, self.opts)
+
+
+def make_runs(output: Path, opts: Sequence[str] = (), *, configs: str = "configs/toy") -> list[Run]:
+    """The demo's runs, with their configs checked.
+
+    Args:
+        output: the demo's folder, absolute.
+        opts: overrides for every run, ``[KEY, VALUE, ...]``.
+        configs: folder of the five configs, from the current folder.
+
+    Raises:
+        UserError: an override that the demo cannot work with, or a config that is wrong.
+    """
+    for key, instead in RESERVED.items():
+        if key in opts[::2]:
+            raise UserError(f"the demo sets {key} itself and cannot override it: use {instead}.")
+    teacher = ("MODEL.TEACHER.WEIGHTS", str(output / "teacher" / "model_final.pth"))
+    alpha1 = ("MODEL.WEIGHTS", str(output / "era" / "model_final.pth"), "MODEL.ERA.ALPHA", "1.0")
+    # name, label, config, own overrides, relative cost of a step, inherited, depends on
+    table = [
+        ("teacher", "Teacher", "teacher", (), 1.6, NOTHING, None),
+        ("plain", "Plain student", "plain", (), 1.0, NOTHING, None),
+        ("era", "ERA student", "era", teacher, 2.8, NOTHING, "teacher"),
+        ("era_alpha1", "ERA at alpha 1", "era", teacher + alpha1, 0.0, NOTHING, "era"),
+        ("plain_init", "Plain student, inherited", "plain_init", teacher, 1.1, HEADS, "teacher"),
+        ("era_init", "ERA student, inherited", "era_init", teacher, 2.8, HEADS, "teacher"),
+    ]
+    runs = []
+    for name, label, config, own, cost, inherited, depends_on in table:
+        file = f"{configs}/{config}.yaml"
+        folder = output / name
+        run_opts = ("OUTPUT_DIR", str(folder), *own, *opts)
+        cfg = load_config(file, run_opts)
+        validate_config(cfg)
+        if len(cfg.DATASETS.TEST) != 1:
+            raise UserError(
+                f"DATASETS.TEST has {len(cfg.DATASETS.TEST)} datasets: the demo's table and pictures "
+                "are of exactly one; name one."
+            )
+        evaluates_only = name == "era_alpha1"
+        mode = ("--eval-only",) if evaluates_only else ()
+        runs.append(
+            Run(
+                name=name,
+                label=label,
+                config_file=file,
+                opts=run_opts,
+                folder=folder,
+                iterations=0 if evaluates_only else cfg.SOLVER.MAX_ITER,
+                cost=cost,
+                inherited=inherited,
+                depends_on=depends_on,
+                command=(
+                    *(sys.executable, "-u", "tools/train_net.py"),
+                    *("--config-file", file, *mode, *run_opts),
+                ),
+            )
+        )
+    return runs
+
+
+def prepare_folder(output: Path, *, reuse: bool) -> IO[str]:
+    """Make the demo's folder, or clear away what an earlier demo wrote there.
+
+    Args:
+        reuse: keep the runs of the earlier demo, see :func:`is_finished`.
+
+    Returns:
+        The marker file, locked; the folder is this process's own until it is closed.
+
+    Raises:
+        UserError: the folder is somebody else's, in use by another demo, or cannot be written.
+    """
+    marker = output / MARKER
+    try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output} is a file: name a folder.")
+        if output.is_dir() and any(output.iterdir()) and not marker.is_file():
+            raise UserError(
+                f"--output {output} holds files that no demo wrote (there is no {MARKER} in it), so "
+                "nothing in it is replaced: name a new or an empty folder."
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        lock = open(marker, "a", encoding="utf-8")  # noqa: SIM115 -- held until the demo ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            lock.close()
+            raise UserError(
+                f"another demo is writing to {output}: wait for it, or name another --output."
+            ) from e
+        for name in PRODUCTS if reuse else RUN_NAMES + PRODUCTS:
+            remove(output / name)
+    except OSError as e:
+        raise UserError(
+            f"--output {output} cannot be written ({e.strerror}: {e.filename}): name a folder that "
+            "you may write to."
+        ) from e
+    return lock
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def identity(run: Run, folder_of: dict[str, Path]) -> dict:
+    """What a run's result follows from: its command, its whole config, and the run it builds upon."""
+    needed = folder_of[run.depends_on] / STAMP if run.depends_on else None
+    return {
+        "command": list(run.command),
+        "config_sha256": _sha256(run.config.dump().encode()),
+        "after_sha256": _sha256(needed.read_bytes()) if needed and needed.is_file() else None,
+    }
+
+
+def is_finished(run: Run, folder_of: dict[str, Path]) -> bool:
+    """Whether the run's folder holds the complete result of exactly this run."""
+    try:
+        stamp = json.loads((run.folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    has_model = run.iterations == 0 or (run.folder / STUDENT_FOLDER / "model_final.pth").is_file()
+    return has_model and stamp.get("identity") == identity(run, folder_of)
+
+
+def mark_finished(run: Run, folder_of: dict[str, Path], seconds: float) -> None:
+    """Note that a run is complete, and how long it took."""
+    stamp = {"identity": identity(run, folder_of), "seconds": round(seconds, 3)}
+    partial = run.folder / (STAMP + ".partial")
+    partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+    os.replace(partial, run.folder / STAMP)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,189 @@
+"""Writing a model in each format. The graph formats take one image ``image`` (3, height, width) float32
+and return ``boxes`` (n, 4), ``scores`` (n,) and ``classes`` (n,), boxes in pixels of that image."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN
+from torch import Tensor
+
+from era.deploy.model import save_folder
+from era.deploy.source import Source
+from era.errors import UserError
+from era_runtime.backends import require
+
+# With Detectron2's own constant, 11, ROIAlign has no half-pixel offset: the result is silently wrong.
+OPSET = 17
+OUTPUTS = ["boxes", "scores", "classes"]
+# Packages beside torch and detectron2 that a format needs.
+RUNTIMES = {
+    "detectron2": (),
+    "torchscript": (),
+    "onnx": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+}
+FORMATS = tuple(RUNTIMES)
+
+
+def check_format(name: str, *, int8: bool) -> None:
+    """The format is known and its packages are installed.
+
+    Raises:
+        UserError: one sentence.
+    """
+    if name not in FORMATS:
+        raise UserError(f"format is {name!r}: expected one of {', '.join(FORMATS)}.")
+    if int8 and name != "onnx":
+        raise UserError(f"int8 is for format onnx, not {name}: leave one of the two out.")
+    for package in RUNTIMES[name]:
+        try:
+            require(package, package=f"{package} (pip install 'era-detectron2[deploy]')",
+                    what=f"format {name}")  # fmt: skip
+        except ValueError as e:
+            raise UserError(str(e)) from e
+
+
+def write_model(
+    source: Source,
+    name: str,
+    folder: Path,
+    example: np.ndarray,
+    calibration: Sequence[np.ndarray] = (),
+) -> None:
+    """Write the model files of one format.
+
+    Args:
+        example: (3, h, w) float32, an image to trace with; the result takes any size.
+        calibration: inputs like ``example``; if there are any, the ONNX model's backbone becomes int8.
+    """
+    if name == "detectron2":
+        save_folder(source.model, source.cfg, source.alpha, folder)
+        return
+    image = torch.from_numpy(example)
+    if name == "torchscript":
+        adapter = trace_adapter(source.model, image)
+        with torch.no_grad(), quiet():
+            traced = torch.jit.trace(adapter, (image,), check_trace=False)
+        traced.save(str(folder / "model.ts"))
+    elif name == "onnx" and calibration:
+        write_onnx(source.model, image, folder / "float.onnx")
+        quantize(folder / "float.onnx", folder / "model.onnx", calibration)
+        (folder / "float.onnx").unlink()
+    elif name == "onnx":
+        write_onnx(source.model, image, folder / "model.onnx")
+    else:
+        import openvino as ov
+
+        write_onnx(source.model, image, folder / "float.onnx")
+        converted = ov.convert_model(str(folder / "float.onnx"))
+        ov.save_model(converted, str(folder / "model.xml"), compress_to_fp16=False)
+        del converted
+        (folder / "float.onnx").unlink()
+
+
+def trace_adapter(model: GeneralizedRCNN, image: Tensor) -> TracingAdapter:
+    """A module from one image tensor to ``OUTPUTS``, in eval mode."""
+
+    def infer(model: GeneralizedRCNN, inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+        found = model.inference(inputs, do_postprocess=False)[0]
+        return found.pred_boxes.tensor, found.scores, found.pred_classes
+
+    # .eval(): the adapter is a fresh module in training mode, and torch's exporter would put the whole
+    # of it, the frozen model included, through a switch of modes.
+    return TracingAdapter(model, [{"image": image}], infer).eval()
+
+
+def write_onnx(model: GeneralizedRCNN, image: Tensor, path: Path) -> None:
+    """ONNX with dynamic height and width, by torch's legacy exporter; the other fails on stock code."""
+    axes = {"image": {1: "height", 2: "width"}} | {name: {0: "detections"} for name in OUTPUTS}
+    with torch.no_grad(), quiet(), branch_free_nms():
+        torch.onnx.export(
+            trace_adapter(model, image),
+            (image,),
+            str(path),
+            opset_version=OPSET,
+            dynamo=False,
+            input_names=["image"],
+            output_names=OUTPUTS,
+            dynamic_axes=axes,
+        )
+
+
+@contextlib.contextmanager
+def branch_free_nms() -> Iterator[None]:
+    """Within it, batched NMS has no ``If``.
+
+    torchvision's returns early for no boxes; that becomes an ONNX ``If`` from which OpenVINO returns one
+    row of garbage for an image without detections. The arithmetic is torchvision's own: boxes of
+    different groups are moved apart, then one NMS.
+    """
+
+    def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+        # the added zero gives max() something to look at when there are no boxes
+        largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
+        offsets = groups.to(boxes) * (largest + 1)
+        return torchvision.ops.nms(boxes + offsets[:, None], scores, iou_threshold)
+
+    original = torchvision.ops.boxes.batched_nms
+    torchvision.ops.boxes.batched_nms = batched_nms  # where detectron2.layers.nms looks it up
+    try:
+        yield
+    finally:
+        torchvision.ops.boxes.batched_nms = original
+
+
+def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> None:
+    """Static int8 (QDQ) of the convolutions of the student's backbone and FPN; all else stays float.
+
+    Args:
+        calibration: model inputs (3, h, w) float32, to learn the ranges of the activations from.
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.images = iter(calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {"image": image}
+
+    convs = backbone_convs(onnx.load(str(path)))
+    with quiet():
+        quantization.quantize_static(
+            str(path),
+            str(target),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            nodes_to_quantize=convs,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+            activation_type=quantization.QuantType.QUInt8,
+        )
+
+
+def backbone_convs(graph) -> list[str]:
+    """Names of the Conv nodes under the student's backbone; MBRNet's and the heads' are left out.
+
+    The legacy exporter names a node by the path of its module: ``/model/backbone/.../Conv``.
+    """
+    names = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+    return [n for n in names if n.startswith("/model/backbone/") and "/estimator/" not in n]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' many warnings on shapes; parity is what tells whether they mattered."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,201 @@
+"""The models that are deployed, both ordinary ``GeneralizedRCNN``: the plain student (alpha 0), and the
+student's backbone with MBRNet under copies of the teacher's heads (alpha 1)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, GeneralizedRCNN, build_model
+from torch import Tensor, nn
+
+from era.checkpoint import SafeCheckpointer, load_exactly
+from era.config import load_config, student_config
+from era.distiller import Distiller
+from era.errors import UserError
+from era.mbrnet import FeatureEstimator
+from era.teacher import teacher_config
+
+
+class EstimatingBackbone(Backbone):
+    """The student's backbone and FPN, then adapter and MBRNet: its features are ``e_N``.
+
+    Args:
+        student: backbone of the student, size divisibility included.
+        estimator: gives ``e_N`` from the student's maps.
+        channels: of ``e_N``, the teacher's.
+    """
+
+    def __init__(self, student: Backbone, estimator: FeatureEstimator, channels: int):
+        super().__init__()
+        self.student = student
+        self.estimator = estimator
+        self._channels = channels
+
+    @property
+    def size_divisibility(self) -> int:
+        """The student's."""
+        return self.student.size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """The student's."""
+        return self.student.padding_constraints
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Teacher's channels at the student's strides, for the estimated levels."""
+        shapes = self.student.output_shape()
+        return {
+            level: ShapeSpec(channels=self._channels, stride=shapes[level].stride)
+            for level in self.estimator.levels
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``e_N`` by level, each (B, C_T, H, W), of images (B, 3, height, width)."""
+        return self.estimator.final(self.student(images))
+
+
+def compose_alpha_1(distiller: Distiller) -> GeneralizedRCNN:
+    """The detector of alpha 1 as an ordinary model, in eval mode.
+
+    It computes what :class:`era.inference.BlendedDetector` computes at alpha 1. The teacher's heads are
+    copied and get the student's test settings; its backbone is not in the model.
+
+    Raises:
+        UserError: the distiller has no ERA, or the student predicts masks or keypoints.
+    """
+    if "era" not in distiller.methods:
+        raise UserError(
+            f"MODEL.DISTILLER.METHODS is {list(distiller.methods)}: alpha 1 needs a run distilled with "
+            "ERA; export alpha 0."
+        )
+    student = distiller.student
+    teacher = distiller.teacher.model
+    refuse_masks(student, "alpha 1")
+    rpn = copy.deepcopy(teacher.proposal_generator)
+    own = student.proposal_generator
+    rpn.nms_thresh, rpn.min_box_size = own.nms_thresh, own.min_box_size
+    rpn.pre_nms_topk, rpn.post_nms_topk = dict(own.pre_nms_topk), dict(own.post_nms_topk)
+    roi_heads = copy.deepcopy(teacher.roi_heads)
+    for head in ("mask", "keypoint"):  # a Mask R-CNN may teach; its boxes are what is deployed
+        setattr(roi_heads, f"{head}_on", False)
+        for part in ("in_features", "pooler", "head"):
+            if hasattr(roi_heads, f"{head}_{part}"):
+                delattr(roi_heads, f"{head}_{part}")
+    for key in ("test_score_thresh", "test_nms_thresh", "test_topk_per_image"):
+        setattr(roi_heads.box_predictor, key, getattr(student.roi_heads.box_predictor, key))
+    estimator = distiller.methods["era"].estimator
+    level = estimator.levels[0]
+    model = GeneralizedRCNN(
+        backbone=EstimatingBackbone(
+            copy.deepcopy(student.backbone),
+            copy.deepcopy(estimator),
+            teacher.backbone.output_shape()[level].channels,
+        ),
+        proposal_generator=rpn,
+        roi_heads=roi_heads,
+        pixel_mean=student.pixel_mean.flatten().tolist(),
+        pixel_std=student.pixel_std.flatten().tolist(),
+        input_format=student.input_format,
+    )
+    return model.requires_grad_(False).eval()
+
+
+def refuse_masks(model: GeneralizedRCNN, what: str) -> None:
+    """Deployed models give boxes.
+
+    Raises:
+        UserError: the model has a mask or keypoint head.
+    """
+    if model.roi_heads.mask_on or model.roi_heads.keypoint_on:
+        raise UserError(
+            f"the student has a mask or keypoint head, and {what} deploys boxes alone: set MODEL.MASK_ON "
+            "and MODEL.KEYPOINT_ON False with weights that have no such heads."
+        )
+
+
+def thresholds(model: GeneralizedRCNN) -> dict[str, float | int]:
+    """Score threshold, NMS threshold (IoU) and most detections an image."""
+    head = model.roi_heads.box_predictor
+    return {
+        "score_threshold": head.test_score_thresh,
+        "nms_threshold": head.test_nms_thresh,
+        "max_detections": head.test_topk_per_image,
+    }
+
+
+class EagerBackend:
+    """An eager model behind :class:`era_runtime.Predictor`; takes batches of any size.
+
+    Args:
+        model: ``GeneralizedRCNN`` or :class:`~era.distiller.Distiller`, in eval mode.
+    """
+
+    max_batch = None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """See :class:`era_runtime.predictor.Backend`."""
+        inputs = [{"image": torch.from_numpy(image)} for image in images]
+        return [
+            (r.pred_boxes.tensor.cpu().numpy(), r.scores.cpu().numpy(), r.pred_classes.cpu().numpy())
+            for r in self.model.inference(inputs, do_postprocess=False)
+        ]
+
+
+def save_folder(model: GeneralizedRCNN, cfg: CfgNode, alpha: int, folder: Path) -> None:
+    """Write ``model.pth`` and ``config.yaml``, and for alpha 1 ``teacher.yaml``, the teacher's config.
+
+    At alpha 0 both are stock Detectron2 files; nothing of this project is in them.
+    """
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    if alpha == 0:
+        cfg = student_config(cfg)
+    else:
+        teacher = teacher_config(cfg)
+        (folder / "teacher.yaml").write_text(teacher.dump(), encoding="utf-8")
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.TEACHER.CONFIG_FILE, cfg.MODEL.TEACHER.WEIGHTS = "teacher.yaml", ""
+        cfg.MODEL.TEACHER.OPTS = []
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "model.pth", "."
+    (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+
+
+def load_folder(folder: Path, manifest: dict) -> GeneralizedRCNN:
+    """The model of a deployment folder of format ``detectron2``, on the CPU in eval mode.
+
+    Raises:
+        UserError: weights and config do not fit each other.
+    """
+    cfg = load_config(str(folder / "config.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    if manifest["alpha"] == 0:
+        model = build_model(cfg)
+    else:
+        cfg.MODEL.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
+        cfg.MODEL.TEACHER.ALLOW_RANDOM = True  # its heads come with model.pth
+        model = compose_alpha_1(build_model(cfg))
+    load_exactly(model, str(folder / "model.pth"), what="the folder's")
+    return model.requires_grad_(False).eval()
+
+
+class WholeCheckpointer(SafeCheckpointer):
+    """Remembers which weights the last file held.
+
+    Attributes:
+        keys: names of the weights in the file as it was.
+    """
+
+    keys: frozenset[str] = frozenset()
+
+    def _load_model(self, checkpoint: dict):
+        self.keys = frozenset(checkpoint["model"])
+        return super()._load_model(checkpoint)

@@ -1,0 +1,261 @@
+"""Parity: an exported folder and eager on the same images, compared detection by detection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import cv2
+import numpy as np
+
+from era_runtime import Detections, Predictor
+from era_runtime.preprocess import InputRules, resized_shape
+
+# Height : width of the test images; with the usual rules each gives another input size, and none of
+# them is a multiple of 32 in both edges but the first.
+ASPECTS = ((1.0, 1.0), (3.0, 4.0), (4.0, 3.0), (9.0, 16.0), (2.0, 1.0), (1.0, 1.27))
+MIN_SIZES = 5
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest difference that passes.
+
+    Attributes:
+        box: pixels of the original image, any coordinate.
+        score: of a matched detection; also how far from the score threshold, or from the last rank that
+            is kept, a detection may be that only one of both sides has.
+        matched: 1.0 = every detection. Below it, int8: the share of the detections with a score of at
+            least 0.5 that must have a partner of its class with IoU of at least 0.5; box and score are
+            then reported and not judged, because quantisation is judged by AP.
+    """
+
+    box: float = 0.05
+    score: float = 0.001
+    matched: float = 1.0
+
+
+INT8 = Tolerance(box=math.inf, score=math.inf, matched=0.7)
+
+
+@dataclass
+class Case:
+    """One image's comparison.
+
+    Attributes:
+        image_size, input_size: height, width in pixels, of the image and of the model's input.
+        eager, exported: numbers of detections.
+        box_difference: the largest of matched detections, pixels.
+        score_difference: the largest of matched detections.
+        unmatched: detections that only one side has and no tolerance explains.
+    """
+
+    image_size: tuple[int, int]
+    input_size: tuple[int, int]
+    eager: int
+    exported: int
+    box_difference: float = 0.0
+    score_difference: float = 0.0
+    unmatched: int = 0
+
+
+@dataclass
+class Report:
+    """All cases of one export.
+
+    Attributes:
+        empty_checked: how an image without detections was had: ``image`` or, where eager finds something
+            on every candidate, ``threshold``: the same model exported with a score threshold of 1.
+        problems: one sentence each; none = the export is right.
+    """
+
+    tolerance: Tolerance
+    cases: list[Case] = field(default_factory=list)
+    empty_checked: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        """For JSON; an infinite tolerance becomes null."""
+        result = asdict(self)
+        limits = result["tolerance"]
+        result["tolerance"] = {k: None if math.isinf(v) else v for k, v in limits.items()}
+        return result
+
+
+def compare(
+    eager: Predictor,
+    exported: Predictor,
+    images: Sequence[np.ndarray],
+    *,
+    tolerance: Tolerance,
+    score_threshold: float,
+    max_detections: int,
+) -> Report:
+    """Run both on every image and compare; the report's ``problems`` say what is out of tolerance.
+
+    Args:
+        images: (H, W, 3) uint8, BGR; see :func:`sample_images` and :func:`blank_images`.
+        score_threshold, max_detections: of the model.
+    """
+    report = Report(tolerance)
+    for image in images:
+        expected, found = eager(image), exported(image)
+        case = compare_one(
+            expected,
+            found,
+            tolerance=tolerance,
+            score_threshold=score_threshold,
+            max_detections=max_detections,
+        )
+        case.image_size = tuple(image.shape[:2])
+        case.input_size = resized_shape(*image.shape[:2], eager.rules)
+        report.cases.append(case)
+        where = f"at {image.shape[1]}x{image.shape[0]} pixels"
+        if not case.box_difference <= tolerance.box:
+            report.problems.append(
+                f"{where} a box is off by {case.box_difference:.3g} pixels (at most {tolerance.box:g})"
+            )
+        if not case.score_difference <= tolerance.score:
+            report.problems.append(
+                f"{where} a score is off by {case.score_difference:.3g} (at most {tolerance.score:g})"
+            )
+        if case.unmatched:
+            report.problems.append(
+                f"{where} {case.unmatched} detections have no partner (eager {case.eager}, exported "
+                f"{case.exported})"
+            )
+    if len({case.input_size for case in report.cases}) < MIN_SIZES:
+        report.problems.append(f"fewer than {MIN_SIZES} image sizes were compared")
+    if all(case.eager == 0 for case in report.cases):
+        report.problems.append("eager detects nothing on any image, so nothing was compared")
+    return report
+
+
+def compare_one(
+    expected: Detections,
+    found: Detections,
+    *,
+    tolerance: Tolerance,
+    score_threshold: float,
+    max_detections: int,
+) -> Case:
+    """Match by class and box, then take the differences; sizes are left at 0."""
+    case = Case((0, 0), (0, 0), len(expected), len(found))
+    if tolerance.matched < 1.0:
+        _compare_loosely(case, expected, found, tolerance)
+        return case
+    partner = match(expected, found)
+    for i, j in partner.items():
+        case.box_difference = max(
+            case.box_difference, float(np.abs(expected.boxes[i] - found.boxes[j]).max())
+        )
+        case.score_difference = max(
+            case.score_difference, abs(float(expected.scores[i]) - float(found.scores[j]))
+        )
+    # A score that rounds to the other side of the threshold, or a tie at the last rank that is kept.
+    edges = [score_threshold]
+    edges += [float(d.scores.min()) for d in (expected, found) if 0 < max_detections <= len(d)]
+    rest = np.concatenate(
+        [
+            np.delete(expected.scores, list(partner.keys())),
+            np.delete(found.scores, list(partner.values())),
+        ]
+    )
+    case.unmatched = sum(
+        all(abs(float(score) - edge) > tolerance.score for edge in edges) for score in rest
+    )
+    return case
+
+
+def match(expected: Detections, found: Detections) -> dict[int, int]:
+    """Index in ``expected`` to index in ``found``: one to one, same class, nearest box, IoU above 0.5.
+
+    Near-tied scores swap order between runtimes, so rank means nothing.
+    """
+    iou = box_iou(expected.boxes, found.boxes)
+    iou[expected.classes[:, None] != found.classes[None, :]] = 0.0
+    partner: dict[int, int] = {}
+    taken: set[int] = set()
+    for flat in np.argsort(-iou, axis=None, kind="stable"):
+        i, j = divmod(int(flat), max(iou.shape[1], 1))
+        if iou[i, j] <= 0.5:
+            break
+        if i not in partner and j not in taken:
+            partner[i] = j
+            taken.add(j)
+    return partner
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union (n, m) of boxes (n, 4) and (m, 4)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = (high - low).clip(0).prod(-1)
+    areas = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
+    union = areas[0][:, None] + areas[1][None, :] - inter
+    return inter / np.maximum(union, 1e-12)
+
+
+def _compare_loosely(
+    case: Case, expected: Detections, found: Detections, tolerance: Tolerance
+) -> None:
+    partner = match(expected, found)
+    sure = np.flatnonzero(expected.scores >= 0.5)
+    lost = sum(int(i) not in partner for i in sure)
+    case.unmatched = lost if lost > (1 - tolerance.matched) * len(sure) else 0
+    if partner:
+        i, j = (np.array(list(x)) for x in (partner.keys(), partner.values()))
+        case.box_difference = float(np.abs(expected.boxes[i] - found.boxes[j]).max())
+        case.score_difference = float(np.abs(expected.scores[i] - found.scores[j]).max())
+
+
+def sample_images(rules: InputRules, given: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """Images in six proportions, larger than the model's input by a quarter.
+
+    Args:
+        given: pictures to cut and scale; none = generated ones, shapes on a soft background.
+    """
+    short = max(round((rules.min_size or 256) * 1.25), 40)
+    images = []
+    for i, (high, wide) in enumerate(ASPECTS):
+        scale = short / min(high, wide)
+        height, width = round(high * scale), round(wide * scale)
+        if given:
+            images.append(_cut(given[i % len(given)], height, width))
+        else:
+            images.append(_shapes(np.random.default_rng(i), height, width))
+    return images
+
+
+def blank_images(rules: InputRules) -> list[np.ndarray]:
+    """Even images, on which a trained detector finds nothing."""
+    size = max(round((rules.min_size or 256) * 1.25), 40)
+    return [np.full((size, size, 3), value, np.uint8) for value in (0, 128, 255, 64, 192, 104)]
+
+
+def _cut(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    scale = max(height / image.shape[0], width / image.shape[1])
+    size = (max(round(image.shape[1] * scale), width), max(round(image.shape[0] * scale), height))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(image[:height, :width])
+
+
+def _shapes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    image = cv2.resize(
+        rng.integers(40, 215, (4, 5, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    unit = min(height, width)
+    for k in range(6):
+        size = int(unit * rng.uniform(0.1, 0.25))
+        x, y = int(rng.uniform(0, width)), int(rng.uniform(0, height))
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        if k % 3 == 0:
+            cv2.circle(image, (x, y), size // 2, colour, -1)
+        elif k % 3 == 1:
+            cv2.rectangle(image, (x, y), (x + size, y + size), colour, -1)
+        else:
+            corners = np.array([[x, y], [x + size, y], [x + size // 2, y - size]])
+            cv2.fillPoly(image, [corners], colour)
+    noise = rng.normal(0, 4, image.shape)
+    return (image + noise).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,224 @@
+"""What is to be deployed: a run's folder or a config and a checkpoint, read and checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN, build_model
+from torch import nn
+
+from era.config import load_config, student_config, validate_config
+from era.data.coco import register_from_config
+from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
+from era.errors import UserError
+from era.student import check_student
+from era.trainer import teacher_record
+from era_runtime import Predictor
+from era_runtime.preprocess import InputRules
+
+ALPHAS = (0, 1)
+
+
+@dataclass
+class Source:
+    """A trained detector and what its deployment needs to know.
+
+    Attributes:
+        cfg: the run's config, on the CPU.
+        config_file, weights: where it came from, as the user named it.
+        alpha: 0 or 1.
+        eager: the reference that an export is compared with: the student, or the distiller at alpha 1.
+        model: what is exported; at alpha 0 the same object as ``eager``.
+        categories: ``[{"id", "name"}, ...]`` in the order of the class indices.
+    """
+
+    cfg: CfgNode
+    config_file: str
+    weights: str
+    alpha: int
+    eager: nn.Module
+    model: GeneralizedRCNN
+    categories: list[dict]
+
+    @property
+    def rules(self) -> InputRules:
+        """How images are scaled for it."""
+        size = self.cfg.INPUT
+        return InputRules(size.MIN_SIZE_TEST, size.MAX_SIZE_TEST, size.FORMAT)
+
+    def predictor(self, batch_size: int = 1) -> Predictor:
+        """Eager inference behind the interface of all deployed models."""
+        return Predictor(EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size)
+
+    def with_score_threshold(self, threshold: float) -> Source:
+        """A copy whose detections need a higher score than ``threshold``."""
+        cfg = self.cfg.clone()
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+        model = copy.deepcopy(self.model)
+        model.roi_heads.box_predictor.test_score_thresh = threshold
+        return Source(
+            cfg, self.config_file, self.weights, self.alpha, model, model, self.categories
+        )
+
+
+def load_source(
+    *,
+    run: str = "",
+    config_file: str = "",
+    weights: str = "",
+    opts: Sequence[str] = (),
+    alpha: int = 0,
+    classes_file: str = "",
+) -> Source:
+    """Read a run's folder, or a config file and a checkpoint, and build the models on the CPU.
+
+    Args:
+        run: ``OUTPUT_DIR`` of a distilled or plain run; its ``config.yaml`` and last checkpoint are read.
+            ``weights`` may name another checkpoint.
+        config_file, weights: instead of ``run``: any student's; a distilled checkpoint for alpha 1.
+        opts: overrides of the config, ``[KEY, VALUE, ...]``.
+        alpha: 0 = the plain student, no teacher is needed; 1 = the teacher's heads on ``e_N``.
+        classes_file: class names, one a line; "" = those of the config's datasets.
+
+    Raises:
+        UserError: one sentence for whatever is wrong first.
+    """
+    if alpha not in ALPHAS:
+        raise UserError(
+            f"alpha is {alpha}: a deployed model has alpha 0 (plain student) or 1 (teacher's heads)."
+        )
+    if bool(run) == bool(config_file):
+        raise UserError("give either --run OUTPUT_DIR or --config-file with --weights.")
+    if run:
+        config_file = os.path.join(run, "config.yaml")
+        if not os.path.isfile(config_file):
+            raise UserError(
+                f"{run} holds no config.yaml: expected the OUTPUT_DIR of a training run."
+            )
+        weights = weights or last_checkpoint(run)
+    if not weights:
+        raise UserError("--weights is missing: name the checkpoint that belongs to --config-file.")
+    cfg = load_config(config_file, opts)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = weights
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: expected BGR or RGB.")
+    if alpha == 1:
+        if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+            raise UserError(
+                f"MODEL.META_ARCHITECTURE of {config_file} is {cfg.MODEL.META_ARCHITECTURE}: alpha 1 "
+                "needs a distilled run; export alpha 0 or name another run."
+            )
+        cfg.MODEL.ERA.ALPHA = 1.0
+        validate_config(cfg)
+        eager = build_model(cfg)
+    else:
+        eager = build_model(student_config(cfg))
+        check_student(eager)
+    load_whole(eager, weights)
+    eager.eval().requires_grad_(False)
+    model = compose_alpha_1(eager) if alpha == 1 else eager
+    categories = class_categories(cfg, classes_file)
+    return Source(cfg, config_file, weights, alpha, eager, model, categories)
+
+
+def last_checkpoint(run: str) -> str:
+    """Path of the last checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = ["model_final.pth"]
+    marker = os.path.join(run, "last_checkpoint")
+    if os.path.isfile(marker):
+        with open(marker) as f:
+            names.insert(0, os.path.basename(f.read().strip()))
+    for name in names:
+        if os.path.isfile(os.path.join(run, name)):
+            return os.path.join(run, name)
+    raise UserError(f"{run} holds no checkpoint ({names[0]}): finish the run, or name --weights.")
+
+
+def load_whole(model: nn.Module, path: str) -> None:
+    """Load weights that fill the whole model and hold nothing besides it.
+
+    A distiller needs a distilled checkpoint with its MBRNet, and its own teacher; a plain model takes
+    the student out of one.
+
+    Raises:
+        UserError: unreadable, or of another architecture.
+    """
+    checkpointer = WholeCheckpointer(model, save_to_disk=False, **teacher_record(model))
+    checkpointer.load(path)
+    wrong = checkpointer.incompatible
+    problems = [f"lacks {key}" for key in wrong.missing_keys]
+    problems += [
+        f"has {key} of shape {tuple(found)} where the model has {tuple(expected)}"
+        for key, found, expected in wrong.incorrect_shapes
+    ]
+    # A deeper network holds every weight of a shallower one, so what is left over counts as well.
+    problems += [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
+    if hasattr(model, "student") and not any(k.startswith("methods.") for k in checkpointer.keys):
+        problems.insert(0, "lacks the MBRNet of a distilled run")
+    if problems:
+        more = f" (and {len(problems) - 1} more keys differ)" if len(problems) > 1 else ""
+        raise UserError(
+            f"weights {path!r} do not fit the model of the config: the file {problems[0]}{more}; name "
+            "weights of exactly this architecture or the config that they belong to."
+        )
+
+
+def class_categories(cfg: CfgNode, classes_file: str) -> list[dict]:
+    """Names and COCO category ids of the classes, in the model's order.
+
+    From ``classes_file`` (ids 1, 2, ...), else from the datasets that the config names.
+
+    Raises:
+        UserError: not as many names as the model has classes, or no names are known.
+    """
+    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if classes_file:
+        try:
+            with open(classes_file, encoding="utf-8") as f:
+                names = [line.strip() for line in f if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--classes {classes_file} cannot be read ({e}).") from e
+        found = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    else:
+        register_from_config(cfg)
+        found = next(
+            filter(None, (_dataset_categories(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))),
+            [],
+        )
+        if not found:
+            raise UserError(
+                "the class names are not known, because no dataset of the config can be asked: give them "
+                "with --classes FILE, one name a line."
+            )
+    if len(found) != count:
+        raise UserError(
+            f"{len(found)} class names were found and MODEL.ROI_HEADS.NUM_CLASSES is {count}: give the "
+            "names that belong to the model with --classes FILE, one name a line."
+        )
+    return found
+
+
+def _dataset_categories(name: str) -> list[dict]:
+    """Categories of a registered dataset; empty if it does not tell them."""
+    if name not in DatasetCatalog:
+        return []
+    meta = MetadataCatalog.get(name)
+    names = meta.get("thing_classes")
+    if names is None and os.path.isfile(meta.get("json_file", "")):
+        with open(meta.json_file, encoding="utf-8") as f:
+            categories = sorted(json.load(f).get("categories", []), key=lambda c: c["id"])
+        return [{"id": c["id"], "name": c["name"]} for c in categories]
+    # Without a map Detectron2 took the ids as they are; the toy data's are 1, 2, ...
+    ids = {v: k for k, v in (meta.get("thing_dataset_id_to_contiguous_id") or {}).items()}
+    return [{"id": ids.get(i, i + 1), "name": n} for i, n in enumerate(names or [])]

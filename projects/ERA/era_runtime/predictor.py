@@ -1,0 +1,143 @@
+"""One predictor for all formats: images in, detections in pixels of those images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from era_runtime.backends import BACKENDS
+from era_runtime.errors import DeploymentError
+from era_runtime.manifest import read_classes, read_manifest
+from era_runtime.preprocess import InputRules, preprocess, scale_back
+
+
+class Backend(Protocol):
+    """A loaded model.
+
+    Attributes:
+        max_batch: images that one call takes at most; None = as many as memory holds.
+    """
+
+    max_batch: int | None
+
+    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Images (3, h, w) float32 to boxes (n, 4) in their pixels, scores (n,), classes (n,) each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, by falling score.
+
+    Attributes:
+        boxes: (n, 4) float32, x0, y0, x1, y1 in pixels of the image that was given.
+        scores: (n,) float32, 0 to 1.
+        classes: (n,) int64, indices into the predictor's ``class_names``.
+        class_names: n names.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Predictor:
+    """Detects objects; which runtime does the work is no concern of the caller.
+
+    Args:
+        backend: the loaded model.
+        rules: how images are scaled.
+        categories: ``[{"id", "name"}, ...]`` in the order of the class indices.
+        batch_size: images handed to the model at once.
+        manifest: of the folder; empty for a model that came from none.
+
+    Raises:
+        DeploymentError: a batch size that the model cannot take.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rules: InputRules,
+        categories: list[dict],
+        *,
+        batch_size: int = 1,
+        manifest: dict | None = None,
+    ):
+        if batch_size < 1 or (backend.max_batch is not None and batch_size > backend.max_batch):
+            name = (manifest or {}).get("format", "this")
+            most = "at least 1" if backend.max_batch is None else f"1 to {backend.max_batch}"
+            raise DeploymentError(
+                f"batch size {batch_size} was asked for, but the {name} model takes {most} at once: "
+                "choose a batch size that it can take (a list of images is always welcome)."
+            )
+        self.backend = backend
+        self.rules = rules
+        self.categories = categories
+        self.class_names = tuple(c["name"] for c in categories)
+        self.batch_size = batch_size
+        self.manifest = manifest or {}
+
+    def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> Detections | list[Detections]:
+        """Detections of one image, or a list of them for a sequence of images.
+
+        Args:
+            images: (H, W, 3) uint8 in BGR, of any size, or a sequence of such arrays.
+
+        Raises:
+            DeploymentError: an array of another shape or type.
+        """
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            return self._batch([images])[0]
+        images = list(images)
+        results: list[Detections] = []
+        for start in range(0, len(images), self.batch_size):
+            results += self._batch(images[start : start + self.batch_size])
+        return results
+
+    def _batch(self, images: list[np.ndarray]) -> list[Detections]:
+        inputs = [preprocess(image, self.rules) for image in images]
+        results = []
+        for image, given, output in zip(images, inputs, self.backend(inputs), strict=True):
+            boxes, scores, classes = output
+            boxes, keep = scale_back(boxes, given.shape[1:], image.shape[:2])
+            classes = np.asarray(classes, dtype=np.int64)[keep]
+            results.append(
+                Detections(
+                    boxes=boxes[keep],
+                    scores=np.asarray(scores, dtype=np.float32)[keep],
+                    classes=classes,
+                    class_names=tuple(self.class_names[c] for c in classes),
+                )
+            )
+        return results
+
+
+def load(
+    folder: str | Path, *, batch_size: int = 1, num_threads: int | None = None
+) -> Predictor:
+    """A predictor from a deployment folder, on the CPU.
+
+    Args:
+        folder: made by ``tools/export.py``; every file's SHA-256 is checked.
+        batch_size: images handed to the model at once; only ``detectron2`` takes more than 1.
+        num_threads: CPU threads of the runtime; None leaves it to the runtime. For torch this holds for
+            the whole process.
+
+    Raises:
+        DeploymentError: no deployment folder, a damaged one, one of an unknown format or version, a
+            runtime that is not installed, or a batch size that the model cannot take.
+    """
+    manifest = read_manifest(folder)
+    categories = read_classes(folder)
+    rules = InputRules(**{key: manifest["input"][key] for key in InputRules.__dataclass_fields__})
+    backend = BACKENDS[manifest["format"]](Path(folder), manifest, num_threads)
+    return Predictor(backend, rules, categories, batch_size=batch_size, manifest=manifest)

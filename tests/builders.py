@@ -1,0 +1,93 @@
+"""What several tests build: tiny configs, models and batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import era  # noqa: F401 - registers the models
+from era.config import load_config
+
+REPO = Path(__file__).resolve().parent.parent
+TOY = REPO / "configs" / "toy"
+
+# A detector of a few ten thousand weights; student and teacher differ in width.
+TINY = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", "8",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "8",
+    "MODEL.FPN.OUT_CHANNELS", "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "32",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN", "60",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "40",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "32",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
+    "SOLVER.IMS_PER_BATCH", "2",
+]  # fmt: skip
+TINY_TEACHER = [
+    "MODEL.RESNETS.DEPTH", "10",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", "16",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
+    "MODEL.FPN.OUT_CHANNELS", "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "32",
+]  # fmt: skip
+
+
+def tiny_cfg(config: str = "era", *opts, teacher_opts=()):
+    """A toy config shrunk to test size, with a random teacher where there is one."""
+    cfg = load_config(str(TOY / f"{config}.yaml"), TINY)
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        cfg.MODEL.TEACHER.CONFIG_FILE = str(TOY / "teacher.yaml")
+        cfg.MODEL.TEACHER.WEIGHTS = ""
+        cfg.MODEL.TEACHER.ALLOW_RANDOM = True
+        cfg.MODEL.TEACHER.OPTS = [*TINY_TEACHER, *teacher_opts]
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def tiny_model(config: str = "era", *opts, seed: int = 0, teacher_opts=()):
+    """The model of :func:`tiny_cfg`, from a seed."""
+    torch.manual_seed(seed)
+    return build_model(tiny_cfg(config, *opts, teacher_opts=teacher_opts))
+
+
+def batch(objects=(2, 1), *, size=(64, 64), seed: int = 0, num_classes: int = 8) -> list[dict]:
+    """Inputs as Detectron2's mapper makes them: random pixels, ``objects[i]`` boxes in image i."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for count in objects:
+        height, width = size
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.5
+        extent = 8 + torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.4
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1).reshape(-1, 4))
+        instances.gt_classes = torch.randint(0, num_classes, (count,), generator=generator)
+        image = torch.randint(0, 256, (3, height, width), generator=generator).float()
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def losses_of(model, inputs, seed: int = 7):
+    """Training losses of one step from a fixed random state, and what it put into the storage."""
+    torch.manual_seed(seed)
+    with EventStorage(0) as storage:
+        return model(inputs), storage
+
+
+def run_tool(name: str, *args, env=None, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Run a script of ``tools/`` from the repository's root, as a user would."""
+    return subprocess.run(
+        [sys.executable, str(REPO / "tools" / name), *map(str, args)],
+        cwd=REPO,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

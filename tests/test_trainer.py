@@ -1,0 +1,274 @@
+"""Training through the launcher: end to end, resumed, in two processes, accumulated, in bfloat16."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from builders import REPO, TINY, TINY_TEACHER, batch, run_tool, tiny_cfg, tiny_model
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from era.data.toy import ToySpec, generate
+from era.errors import UserError
+from era.launch import argument_parser, setup_config
+from era.trainer import StepTrainer, Trainer, amp_dtype, check_data, scale_to_world
+
+SPEC = ToySpec(train_images=12, val_images=4, image_size=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A dozen toy images as COCO-format data of one's own: the overrides that name them."""
+    root = tmp_path_factory.mktemp("data") / "toy"
+    generate(root, SPEC)
+    folder = next(p for p in (root, root / "era_toy") if (p / "annotations").is_dir())
+    triples = [
+        [f"tiny_{s}", str(folder / "annotations" / f"{s}.json"), str(folder / s)]
+        for s in ("train", "val")
+    ]
+    return [
+        "DATASETS.COCO_FORMAT", str(triples),
+        "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)",
+        "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    ]  # fmt: skip
+
+
+def cli(tiny_data, output, *opts, config="era"):
+    """Arguments of train_net.py for a tiny run."""
+    random_teacher = [
+        "MODEL.TEACHER.WEIGHTS", "", "MODEL.TEACHER.ALLOW_RANDOM", "True",
+        "MODEL.TEACHER.OPTS", str(TINY_TEACHER),
+    ]  # fmt: skip
+    return [
+        "--config-file", str(REPO / "configs" / "toy" / f"{config}.yaml"),
+        *TINY, *tiny_data, *random_teacher, "OUTPUT_DIR", str(output), *opts,
+    ]  # fmt: skip
+
+
+def trainer_of(args, seed=1):
+    """A Trainer as the launcher makes it, in this process; the random teacher follows the seed."""
+    torch.manual_seed(seed)
+    cfg = setup_config(argument_parser().parse_args(args))
+    check_data(cfg, for_training=True)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    return Trainer(cfg)
+
+
+def metrics(output):
+    """The last value of everything that the run logged."""
+    with open(output / "metrics.json") as f:
+        return {key: value for line in f for key, value in json.loads(line).items()}
+
+
+def test_train_evaluate_and_leave_a_student(tiny_data, tmp_path):
+    """The command line end to end: losses logged apart, teacher evaluated, plain student left."""
+    run = tmp_path / "run"
+    done = run_tool(
+        "train_net.py",
+        *cli(tiny_data, run, "SOLVER.MAX_ITER", "20", "TEST.EVAL_TEACHER", "True", "SEED", "5"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = metrics(run)
+    for name in ("feature", "residual", "twi_rpn", "twi_roi"):
+        assert f"loss_era_{name}" in last
+    assert "era/p2/residual_e4" in last and "bbox/AP" in last and "teacher/bbox/AP" in last
+    parts = [v for k, v in last.items() if k.startswith("loss_")]
+    assert last["total_loss"] == pytest.approx(sum(parts), rel=0.2)  # medians of one window
+    assert {p.name for p in (run / "student").iterdir()} == {"model_final.pth", "config.yaml"}
+    assert (run / "model_final.pth").exists() and list(run.glob("events.out.tfevents.*"))
+
+    evaluated = run_tool(
+        "train_net.py", "--eval-only",
+        *cli(tiny_data, tmp_path / "eval", "MODEL.WEIGHTS", run / "model_final.pth",
+             "MODEL.TEACHER.CONFIG_FILE", "", "MODEL.TEACHER.ALLOW_RANDOM", "False"),
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]  # alpha 0 needs no teacher
+    assert "copypaste: AP,AP50" in evaluated.stdout
+
+
+def test_resume_continues_iteration_learning_rate_and_weights(tiny_data, tmp_path):
+    args = cli(tiny_data, tmp_path, "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "4",
+               "DATASETS.TEST", "()", "SOLVER.WARMUP_ITERS", "0")  # fmt: skip
+    first = trainer_of(args)
+    first.resume_or_load(resume=False)
+    first.train()
+    rates = [g["lr"] for g in first.optimizer.param_groups]
+    os.remove(tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+
+    second = trainer_of(args)
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 4
+    at_four = torch.load(tmp_path / "model_0000003.pth", weights_only=True)["model"]
+    assert all(torch.equal(v, at_four[k]) for k, v in second.bare_model.state_dict().items())
+    moments = [s["momentum_buffer"] for s in second.optimizer.state.values()]
+    assert moments and any(m.abs().sum() > 0 for m in moments)
+    assert second.scheduler.last_epoch == 4
+    second.train()
+    assert second.iter == 8
+    assert [g["lr"] for g in second.optimizer.param_groups] == pytest.approx(rates)
+
+
+def test_resuming_with_another_teacher_is_refused(tiny_data, tmp_path):
+    args = cli(tiny_data, tmp_path, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+    first = trainer_of(args)
+    first.train()
+    with pytest.raises(UserError, match="name the same teacher"):
+        trainer_of(args, seed=2).resume_or_load(resume=True)
+
+
+def test_inheritance_happens_at_the_start_and_not_on_resume(tiny_data, tmp_path):
+    args = cli(
+        tiny_data, tmp_path, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()", config="plain_init"
+    )
+
+    def distance(model):
+        pairs = zip(model.student.roi_heads.parameters(), model.teacher.model.roi_heads.parameters(),
+                    strict=True)  # fmt: skip
+        return sum((a - b).abs().sum().item() for a, b in pairs)
+
+    first = trainer_of(args)
+    assert distance(first.bare_model) > 0
+    first.resume_or_load(resume=False)
+    assert distance(first.bare_model) == 0
+    first.train()
+    after = distance(first.bare_model)
+    assert after > 0
+    second = trainer_of(args)
+    second.resume_or_load(resume=True)
+    assert distance(second.bare_model) == pytest.approx(after)
+
+
+class Once:
+    """A loader that gives these batches, in order."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch
+# are the mean of its images' losses.
+ALL_SAMPLED = [
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
+    "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.ERA.NORM", "GN", "MODEL.ERA.KD_WEIGHT", "1.0",
+]  # fmt: skip
+IMAGES = batch((2, 2), seed=4)
+
+
+def one_step(batches, accumulation_steps=1, amp=None):
+    """Parameters and mean losses after one optimiser step on given batches."""
+    torch.manual_seed(comm.get_rank() + 1)
+    model = tiny_model("era", *ALL_SAMPLED, seed=0)
+    if comm.get_world_size() > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    trainer = StepTrainer(
+        model,
+        Once(*batches),
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        accumulation_steps=accumulation_steps,
+        amp_dtype=amp,
+        device_type="cpu",
+    )
+    with EventStorage(0) as storage:
+        trainer.iter = 0
+        trainer.run_step()
+        losses = {k: v[0] for k, v in storage.latest().items() if "loss" in k}
+    return getattr(model, "module", model), losses
+
+
+def _two_ranks(folder):
+    rank = comm.get_rank()
+    model, losses = one_step([[IMAGES[rank]]])
+    torch.save((model.state_dict(), losses), os.path.join(folder, f"{rank}.pth"))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two gloo processes of one image each end with equal parameters, and with the losses and the
+    parameters of one process on both images."""
+    torch.set_num_threads(1)
+    launch(_two_ranks, 2, dist_url="auto", args=(str(tmp_path),))
+    (a, losses), (b, _) = (torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in (0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    model, expected = one_step([IMAGES])
+    assert losses.keys() == expected.keys() and len(losses) > 8
+    for name, value in expected.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(a[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    accumulated, losses = one_step([IMAGES[:1], IMAGES[1:]], accumulation_steps=2)
+    at_once, expected = one_step([IMAGES])
+    for name, value in expected.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    for a, b in zip(accumulated.parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_on_the_cpu_is_close_to_float32():
+    _, half = one_step([IMAGES], amp=torch.bfloat16)
+    _, full = one_step([IMAGES])
+    for name, value in full.items():
+        assert half[name] == pytest.approx(value, rel=0.15, abs=0.02), name
+    assert half["loss_era_feature"] != full["loss_era_feature"]
+
+
+@pytest.mark.parametrize(
+    "opts, expected",
+    [
+        (["SOLVER.AMP.ENABLED", "False"], None),
+        (["SOLVER.AMP.ENABLED", "True"], torch.bfloat16),
+        (["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cuda"], torch.float16),
+        (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], torch.float16),
+    ],
+)
+def test_type_of_mixed_precision(opts, expected):
+    assert amp_dtype(tiny_cfg("plain", *opts)) == expected
+
+
+def test_two_processes_through_the_command_line(tiny_data, tmp_path):
+    done = run_tool(
+        "train_net.py", "--num-gpus", "2", "--dist-url", "auto",
+        *cli(tiny_data, tmp_path / "run", "SOLVER.MAX_ITER", "2", "SOLVER.AMP.ENABLED", "True",
+             "SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4",
+             "MODEL.ERA.NORM", "GN"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "World size: 2" in done.stdout
+    assert (tmp_path / "run" / "student" / "model_final.pth").exists()
+
+
+def test_another_number_of_processes_rescales(caplog):
+    cfg = tiny_cfg("plain", "SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "16",
+                   "SOLVER.BASE_LR", "0.02", "SOLVER.MAX_ITER", "90000",
+                   "SOLVER.STEPS", "(60000, 80000)")  # fmt: skip
+    with caplog.at_level("INFO", logger="era.trainer"):
+        one = scale_to_world(cfg, 1).SOLVER
+    assert (one.IMS_PER_BATCH, one.BASE_LR, one.MAX_ITER) == (2, 0.0025, 720000)
+    assert one.STEPS == (480000, 640000)
+    assert re.search(r"IMS_PER_BATCH 16 -> 2.*MAX_ITER 90000 -> 720000", caplog.text)
+    cfg.SOLVER.ACCUMULATION_STEPS = 8  # one GPU then follows the recipe of eight
+    assert scale_to_world(cfg, 1) is cfg
+
+
+@pytest.mark.parametrize("reference", [3, -1])
+def test_a_reference_that_does_not_divide(reference):
+    cfg = tiny_cfg("plain", "SOLVER.REFERENCE_WORLD_SIZE", str(reference))
+    with pytest.raises(UserError, match=r"SOLVER\.REFERENCE_WORLD_SIZE"):
+        scale_to_world(cfg, 1)
+
+
+def test_own_datasets_are_known_to_the_catalogs(tiny_data, tmp_path):
+    trainer_of(cli(tiny_data, tmp_path, config="plain"))
+    assert len(DatasetCatalog.get("tiny_val")) == 4
+    assert len(MetadataCatalog.get("tiny_val").thing_classes) == 8
