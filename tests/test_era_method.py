@@ -1,9 +1,15 @@
 """The ERA losses on a tiny detector: against stock Detectron2, weights, gradients, statistics."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from builders import batch, losses_of, tiny_model
+from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
+
+from era.errors import UserError
+from era.methods.era import check_levels
 
 TERMS = {
     "loss_era_feature": "MODEL.ERA.FEATURE_WEIGHT",
@@ -156,3 +162,15 @@ def test_levels_can_be_chosen():
     model = tiny_model("era", *off, "MODEL.ERA.LEVELS", "['p3', 'p5']")
     _, storage = losses_of(model, batch())
     assert {k.split("/")[1] for k in storage.latest() if "residual_e" in k} == {"p3", "p5"}
+
+
+def test_strides_must_match():
+    def model(stride):
+        shape = {"p2": ShapeSpec(channels=4, stride=stride)}
+        return SimpleNamespace(backbone=SimpleNamespace(output_shape=lambda: shape))
+
+    assert check_levels(model(4), SimpleNamespace(model=model(4)), ["p2"]) == (4, 4)
+    with pytest.raises(
+        UserError, match="p2, which has stride 4 in the student and 8 in the teacher"
+    ):
+        check_levels(model(4), SimpleNamespace(model=model(8)), ["p2"])

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
 """See distillation at work on a small generated dataset: five trainings, a table, pictures."""
 
+import warnings
 from pathlib import Path
 
-from era.demo.cli import main
-from era.launch import run_main
+# Of Detectron2's model zoo; known, and no concern of who runs the demo.
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+
+from era.demo.cli import main  # noqa: E402
+from era.launch import run_main  # noqa: E402
 
 if __name__ == "__main__":
     run_main(lambda: main(root=Path(__file__).resolve().parent.parent))

@@ -66,9 +66,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     Attributes:
         incompatible: what did not fit at the last load: ``missing_keys``, ``unexpected_keys`` and
             ``incorrect_shapes``; None before.
+        filled_methods: whether the last load brought the methods' modules (adapters, MBRNet).
     """
 
     incompatible = None
+    filled_methods = False
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """As Detectron2's, but every failure to read is one sentence.
@@ -85,8 +87,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"weights {path!r} cannot be had ({_short(e)}): expected an existing file or a "
                 "reachable address; correct the path, or download the file and give its path."
             ) from e
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
-                AttributeError) as e:  # fmt: skip
+        except Exception as e:  # a file of anything can fail in any way
             raise UserError(
                 f"weights {path!r} cannot be read ({_short(e)}): expected a checkpoint of tensors "
                 "(.pth of torch.save, or .pkl of the model zoo); give another file."
@@ -113,6 +114,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         is_distilled = any(key.startswith(STUDENT_PREFIX) for key in weights)
         student = getattr(self.model, "student", None)
+        self.filled_methods = student is not None and any(k.startswith("methods.") for k in weights)
         if student is not None and not is_distilled:
             inner = SafeCheckpointer(student)
             self.incompatible = inner._load_model(checkpoint)

@@ -97,6 +97,11 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: see :mod:`era.config` and :func:`era.trainer.scale_to_world`.
     """
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise UserError(
+            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}: expected at least 1 "
+            "each (on a machine without a GPU, --num-gpus counts CPU processes)."
+        )
     cfg = load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU on this machine: running on the CPU (MODEL.DEVICE cpu).")
@@ -130,11 +135,6 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         UserError: whatever is wrong first.
     """
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise UserError(
-            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}: expected at least 1 "
-            "each (on a machine without a GPU, --num-gpus counts CPU processes)."
-        )
     if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus is {args.num_gpus}, this machine has {torch.cuda.device_count()}: ask for at "
@@ -200,8 +200,7 @@ def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
     if resume and checkpointer.has_checkpoint():
         path = checkpointer.get_checkpoint_file()
     checkpointer.load(path)
-    missing = checkpointer.incompatible.missing_keys if checkpointer.incompatible else []
-    if cfg.MODEL.ERA.ALPHA > 0 and needs_teacher and any(k.startswith("methods.") for k in missing):
+    if needs_teacher and cfg.MODEL.ERA.ALPHA > 0 and not checkpointer.filled_methods:
         raise UserError(
             f"MODEL.WEIGHTS {path!r} holds no MBRNet: MODEL.ERA.ALPHA {cfg.MODEL.ERA.ALPHA} needs a "
             "checkpoint of a distilled run (OUTPUT_DIR/model_final.pth); name that, or set alpha 0."

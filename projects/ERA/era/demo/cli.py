@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     Raises:
         UserError: options that do not fit, a folder that is not the demo's, a run that failed.
     """
-    args = argument_parser().parse_args(argv)
+    args = argument_parser().parse_intermixed_args(argv)
     began = time.monotonic()
     output = args.output.expanduser().resolve()
     os.chdir(root)  # the configs name one another, and the datasets, from there
@@ -216,7 +216,7 @@ def notes(*, jobs: int, seed: int, dataset: str, fast: bool) -> list[str]:
         "compare rows with care.",
         "ms per image: median, batch of one, one thread, models taking turns, nothing else running.",
         "The comparison is at equal iterations, on a schedule too short for the plain student to level "
-        "off: what it shows is faster learning, and a longer schedule narrows it.",
+        "off: what it shows is faster learning.",
     ]
     if fast:
         found.insert(0, "SMOKE RUN (--fast): a few iterations only, so the numbers mean nothing.")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from era.demo.progress import read_metrics
 from era.demo.runs import NOTHING, Run
-from era.demo.table import Row
+from era.demo.table import Row, gains
 
 DETECTION_LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
 ERA_LOSSES = {
@@ -87,7 +87,8 @@ def write_losses(runs: Sequence[Run], path: Path) -> None:
     """Detection losses of every training, and the terms of the ERA loss without inheritance."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        # The teacher trains longer: room for it, without pressing the students together.
+        left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
         for run in runs:
             if run.name in LOOKS:
                 x, y = series(read_metrics(run.folder), DETECTION_LOSSES)
@@ -167,9 +168,12 @@ def write_ap(rows: Sequence[Row], path: Path) -> None:
         for centre, group in zip(centres, groups, strict=True):
             inherited = group[0].inherited
             text = "nothing inherited" if inherited == NOTHING else f"inherited: {inherited}"
+            gain = next((g["gain"] for g in gains(rows) if g["inherited"] == inherited), None)
+            text += "" if gain is None else f"\nERA {gain:+.1f} points"
             axis.annotate(
-                text, (centre, 0), (0, -40), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", color="#444444", fontsize=10,
+                text, (centre, 0), (0, -38), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha="center", va="top", color="#444444", fontsize=10,
+                linespacing=1.5,
             )  # fmt: skip
         teacher = next((row for row in rows if row.name == "teacher"), None)
         if teacher:
@@ -184,7 +188,7 @@ def write_ap(rows: Sequence[Row], path: Path) -> None:
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("box AP (points)")
         counts = sorted({row.iterations for row in rows if row.name != "teacher"})
-        axis.set_title(f"Students after {' / '.join(map(str, counts))} iterations")
+        axis.set_title(f"Box AP of the students after {' / '.join(map(str, counts))} iterations")
         figure.savefig(path, dpi=DPI)
 
 

@@ -93,7 +93,15 @@ def make_runs(output: Path, opts: Sequence[str] = (), *, configs: str = "configs
         ("teacher", "Teacher", "teacher", (), 1.6, NOTHING, None),
         ("plain", "Plain student", "plain", (), 1.0, NOTHING, None),
         ("era", "ERA student", "era", teacher, 2.8, NOTHING, "teacher"),
-        ("era_alpha1", "ERA at alpha 1", "era", teacher + alpha1, 0.0, NOTHING, "era"),
+        (
+            "era_alpha1",
+            "ERA at alpha 1, teacher's heads",
+            "era",
+            teacher + alpha1,
+            0.0,
+            NOTHING,
+            "era",
+        ),
         ("plain_init", "Plain student, inherited", "plain_init", teacher, 1.1, HEADS, "teacher"),
         ("era_init", "ERA student, inherited", "era_init", teacher, 2.8, HEADS, "teacher"),
     ]

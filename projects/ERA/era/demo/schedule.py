@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -192,10 +191,11 @@ def execute(
 
 
 def start_process(run: Run, threads: int) -> subprocess.Popen:
-    """Start a run in an empty folder, its output in its log, on that many threads."""
+    """Start a run in an empty folder, its output in its log, on that many threads, unless the user's
+    own OMP_NUM_THREADS says otherwise."""
     remove(run.folder)  # Detectron2 would append to the metrics of an earlier run
     run.folder.mkdir(parents=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with open(run.log, "w", encoding="utf-8") as log:
         log.write(f"$ {' '.join(run.command)}\n")
         log.flush()
@@ -244,4 +244,4 @@ def _collect(state: State, folder_of: dict, screen: Screen) -> None:
     state.seconds = time.monotonic() - state.started
     mark_finished(run, folder_of, state.seconds)
     if not screen.is_tty:
-        print(f"{run.name}: done in {state.seconds:.0f} s", file=sys.stdout, flush=True)
+        screen.say(f"{run.name}: done in {state.seconds:.0f} s")

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from era.demo.measure import Measurement
@@ -80,7 +81,7 @@ def read_ap(run: Run) -> dict[str, float]:
     text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.is_file() else ""
     # Detectron2 logs a line of names, then a line of numbers.
     lines = [line.split(",") for line in _CSV.findall(text)]
-    for names, numbers in reversed(list(zip(lines, lines[1:], strict=False))):
+    for names, numbers in reversed(list(pairwise(lines))):
         if names[:3] == list(METRICS):
             return {name: float(n) for name, n in zip(METRICS, numbers, strict=False)}
     raise UserError(

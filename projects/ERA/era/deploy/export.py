@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from era_runtime import DeploymentError, Predictor, load, read_image
+from era_runtime.inputs import image_files
+from era_runtime.manifest import CLASSES, FORMAT_VERSION, MANIFEST, PARITY, sha256_file
+from era_runtime.preprocess import preprocess
 
 import era
 from era.deploy import parity
@@ -21,10 +25,6 @@ from era.deploy.formats import FORMATS, OPSET, RUNTIMES, check_format, write_mod
 from era.deploy.model import refuse_masks, thresholds
 from era.deploy.source import ALPHAS, Source, load_source
 from era.errors import UserError
-from era_runtime import DeploymentError, Predictor, load, read_image
-from era_runtime.inputs import image_files
-from era_runtime.manifest import CLASSES, FORMAT_VERSION, MANIFEST, PARITY, sha256_file
-from era_runtime.preprocess import preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ examples:
   any student:           %(prog)s --config-file c.yaml --weights w.pth --format torchscript --output d
   int8:                  %(prog)s --run ... --format onnx --int8 --calibrate photos/ --output deployed
 
-Trailing KEY VALUE pairs override the config, such as MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5.
+--opts overrides the config, such as --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5.
 Then: tools/evaluate.py (AP beside eager), tools/predict.py (images, folders, videos).
 """
 
@@ -49,7 +49,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of --config-file")
     parser.add_argument("--classes", default="", metavar="FILE",
                         help="class names, one a line; default: those of the config's dataset")  # fmt: skip
-    parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE", help="config overrides")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides")
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def export_main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: one sentence for a user's mistake, or for an export that is not right.
     """
-    args = argument_parser().parse_intermixed_args(argv)
+    args = argument_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check_request(args.format, args.output, args.alpha, args.int8, args.calibrate)
     source = load_source(
@@ -102,10 +102,10 @@ def export_main(argv: Sequence[str] | None = None) -> None:
     )
     worst_box = max(case.box_difference for case in report.cases)
     worst_score = max(case.score_difference for case in report.cases)
+    verdict = "int8, to be judged by AP (tools/evaluate.py); close" if args.int8 else "equal"
     print(
-        f"{args.output}: {args.format}, alpha {args.alpha}; equal to eager on {len(report.cases)} images "
-        f"within {worst_box:.2g} pixels and {worst_score:.2g} in score"
-        + (" (int8: judge it by AP, tools/evaluate.py)" if args.int8 else "")
+        f"{args.output}: {args.format}, alpha {args.alpha}; {verdict} to eager on {len(report.cases)} "
+        f"images within {worst_box:.2g} pixels and {worst_score:.2g} in score"
     )
 
 

@@ -13,12 +13,12 @@ import torch
 import torchvision
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
+from era_runtime.backends import require
 from torch import Tensor
 
 from era.deploy.model import save_folder
 from era.deploy.source import Source
 from era.errors import UserError
-from era_runtime.backends import require
 
 # With Detectron2's own constant, 11, ROIAlign has no half-pixel offset: the result is silently wrong.
 OPSET = 17
@@ -157,7 +157,12 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> Non
             image = next(self.images, None)
             return None if image is None else {"image": image}
 
-    convs = backbone_convs(onnx.load(str(path)))
+    graph = onnx.load(str(path))
+    convs = backbone_convs(graph)
+    if not convs:  # an empty list would mean "all" to onnxruntime, the heads included
+        raise UserError("int8 found no convolution in the model's backbone to quantise: export float.")
+    unshare_initializers(graph)
+    onnx.save(graph, str(path))
     with quiet():
         quantization.quantize_static(
             str(path),
@@ -175,10 +180,25 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> Non
 def backbone_convs(graph) -> list[str]:
     """Names of the Conv nodes under the student's backbone; MBRNet's and the heads' are left out.
 
-    The legacy exporter names a node by the path of its module: ``/model/backbone/.../Conv``.
+    The legacy exporter names a node by the path of its module: ``/backbone/bottom_up/.../Conv``.
     """
     names = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-    return [n for n in names if n.startswith("/model/backbone/") and "/estimator/" not in n]
+    return [n for n in names if "/backbone/" in n and "/estimator/" not in n]
+
+
+def unshare_initializers(graph) -> None:
+    """Give every weight its own tensor again, in place.
+
+    The exporter keeps one of several equal weights and hands it on by ``Identity``; onnxruntime's
+    quantiser does not see through that and leaves such biases, and with them their convolutions, slow.
+    """
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for node in list(graph.graph.node):
+        if node.op_type == "Identity" and node.input[0] in weights:
+            copy = graph.graph.initializer.add()
+            copy.CopyFrom(weights[node.input[0]])
+            copy.name = node.output[0]
+            graph.graph.node.remove(node)
 
 
 @contextlib.contextmanager

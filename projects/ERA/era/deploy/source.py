@@ -6,11 +6,13 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
+from era_runtime import Predictor
+from era_runtime.preprocess import InputRules
 from torch import nn
 
 from era.config import load_config, student_config, validate_config
@@ -19,8 +21,6 @@ from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
 from era.errors import UserError
 from era.student import check_student
 from era.trainer import teacher_record
-from era_runtime import Predictor
-from era_runtime.preprocess import InputRules
 
 ALPHAS = (0, 1)
 
@@ -57,14 +57,12 @@ class Source:
         return Predictor(EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size)
 
     def with_score_threshold(self, threshold: float) -> Source:
-        """A copy whose detections need a higher score than ``threshold``."""
+        """A copy whose ``model`` gives only detections with a higher score than ``threshold``."""
         cfg = self.cfg.clone()
         cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
         model = copy.deepcopy(self.model)
         model.roi_heads.box_predictor.test_score_thresh = threshold
-        return Source(
-            cfg, self.config_file, self.weights, self.alpha, model, model, self.categories
-        )
+        return replace(self, cfg=cfg, model=model)
 
 
 def load_source(

@@ -1,0 +1,244 @@
+"""``tools/predict.py``: pictures, folders, globs or a video in; annotated ones and result JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from era_runtime.backends import require
+from era_runtime.draw import draw
+from era_runtime.errors import DeploymentError
+from era_runtime.inputs import image_files, is_video
+from era_runtime.predictor import Detections, Predictor, load
+from era_runtime.preprocess import read_image
+from era_runtime.results import coco_results, write_json
+
+EXIT_UNREADABLE = 1
+EXIT_USER_ERROR = 2
+
+EPILOG = """
+examples:
+  %(prog)s --model deployed --output found photos/
+  %(prog)s --model deployed --output found 'photos/*.jpg' clip.mp4 --score 0.5
+
+Writes results.json (COCO's result format), images.json (which image_id is which file and, of a video,
+which frame) and the annotated pictures. Exit status: 0; 1 if an input could not be read (the others are
+done); 2 for a request that cannot be met.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Arguments of ``tools/predict.py``."""
+    parser = argparse.ArgumentParser(
+        description="Detect objects with a deployment folder of any format.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", help="pictures, folders, globs, videos")
+    parser.add_argument("--model", required=True, metavar="DIR", help="made by tools/export.py")
+    parser.add_argument("--output", required=True, metavar="DIR", help="must be absent or empty")
+    parser.add_argument("--score", type=float, default=0.0, help="leave out lower scores than this")
+    parser.add_argument("--batch-size", type=int, default=1, help="above 1: format detectron2 only")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of the runtime")
+    parser.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    args = argument_parser().parse_args(argv)
+    try:
+        return predict(args)
+    except ValueError as e:  # DeploymentError, or UserError of the package era
+        if not isinstance(e, DeploymentError) and type(e).__name__ != "UserError":
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Check, load, go through all inputs.
+
+    Raises:
+        DeploymentError: nothing has been written then.
+    """
+    if not 0.0 <= args.score <= 1.0:
+        raise DeploymentError(f"--score is {args.score}: expected a number from 0 to 1.")
+    if os.path.exists(args.output) and (
+        not os.path.isdir(args.output) or os.listdir(args.output)
+    ):
+        raise DeploymentError(
+            f"--output {args.output} exists and is not an empty folder: name another, or remove it."
+        )
+    files = image_files(args.inputs)
+    if not args.no_pictures or any(map(is_video, files)):
+        require("cv2", package="opencv-python-headless", what="a picture or a video")
+    predictor = load(args.model, batch_size=args.batch_size, num_threads=args.threads)
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as e:
+        raise DeploymentError(f"--output {args.output} cannot be made ({e.strerror}).") from e
+    job = _Job(predictor, args.output, args.score, not args.no_pictures, len(files))
+    pictures = [f for f in files if not is_video(f)]
+    for start in range(0, len(pictures), args.batch_size):
+        job.pictures(pictures[start : start + args.batch_size])
+    for file in filter(is_video, files):
+        job.video(file)
+    job.finish()
+    return EXIT_UNREADABLE if job.failures else 0
+
+
+class _Job:
+    """One run over many inputs: results, names, progress and what could not be read."""
+
+    def __init__(
+        self, predictor: Predictor, output: str, score: float, draws: bool, num_files: int
+    ):
+        self.predictor = predictor
+        self.output = output
+        self.score = score
+        self.draws = draws
+        self.results: list[dict] = []
+        self.images: list[dict] = []
+        self.failures: list[str] = []
+        self.names: set[str] = {"results.json", "images.json"}
+        self.num_files, self.done = num_files, 0
+        self.started = self.told = time.monotonic()
+
+    def pictures(self, files: list[str]) -> None:
+        """One batch of picture files."""
+        ready: list[tuple[str, np.ndarray]] = []
+        for file in files:
+            try:
+                ready.append((file, read_image(file)))
+            except DeploymentError as e:
+                self._fail(file, str(e))
+        try:
+            found = self.predictor([image for _, image in ready])
+        except DeploymentError:  # one image of the batch cannot be scaled: find out which
+            for file, image in ready:
+                try:
+                    self._keep(file, image, self.predictor(image))
+                except DeploymentError as e:
+                    self._fail(file, f"{file}: {e}")
+        else:
+            for (file, image), detections in zip(ready, found, strict=True):
+                self._keep(file, image, detections)
+        self.done += len(files)
+        self._progress(self.done / self.num_files, f"{self.done} of {self.num_files} files")
+
+    def video(self, file: str) -> None:
+        """One video, frame by frame, in batches."""
+        import cv2
+
+        source = cv2.VideoCapture(file)
+        writer, frames = None, 0
+        total = max(int(source.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        rate = source.get(cv2.CAP_PROP_FPS) or 25.0
+        try:
+            for batch in _batches(source, self.predictor.batch_size):
+                for frame, detections in zip(batch, self.predictor(batch), strict=True):
+                    detections = self._record(file, frame, detections, frame_index=frames)
+                    frames += 1
+                    if self.draws:
+                        if writer is None:
+                            name = self._name(os.path.splitext(file)[0] + ".mp4")
+                            writer = cv2.VideoWriter(
+                                os.path.join(self.output, name),
+                                cv2.VideoWriter_fourcc(*"mp4v"),
+                                rate,
+                                frame.shape[1::-1],
+                            )
+                        writer.write(draw(frame, detections))
+                part = min(frames / total, 1.0) if total else 0.0
+                self._progress((self.done + part) / self.num_files, f"{file}: frame {frames} of {total}")
+        finally:
+            source.release()
+            if writer is not None:
+                writer.release()
+        if frames == 0:
+            self._fail(file, f"{file} cannot be read as a video")
+        elif frames < total:
+            self._fail(file, f"{file} ended at frame {frames} of {total}; those are done")
+        self.done += 1
+
+    def finish(self) -> None:
+        """Write the JSON files and say what was done."""
+        write_json(self.results, os.path.join(self.output, "results.json"))
+        write_json(
+            {"images": self.images, "categories": self.predictor.categories},
+            os.path.join(self.output, "images.json"),
+        )
+        seconds = time.monotonic() - self.started
+        print(
+            f"{len(self.images)} images in {seconds:.1f} s, {len(self.results)} detections: {self.output}"
+        )
+        for failure in self.failures:
+            print(f"not read: {failure}", file=sys.stderr)
+
+    def _keep(self, file: str, image: np.ndarray, detections: Detections) -> None:
+        detections = self._record(file, image, detections)
+        if self.draws:
+            import cv2
+
+            path = os.path.join(self.output, self._name(os.path.splitext(file)[0] + ".jpg"))
+            cv2.imencode(".jpg", draw(image, detections))[1].tofile(path)
+
+    def _record(
+        self, file: str, image: np.ndarray, found: Detections, frame_index: int | None = None
+    ) -> Detections:
+        keep = np.flatnonzero(found.scores >= self.score)
+        found = Detections(
+            found.boxes[keep],
+            found.scores[keep],
+            found.classes[keep],
+            tuple(found.class_names[k] for k in keep),
+        )
+        entry = {
+            "id": len(self.images) + 1,
+            "file_name": file,
+            "height": image.shape[0],
+            "width": image.shape[1],
+        }
+        self.images.append(entry if frame_index is None else {**entry, "frame": frame_index})
+        self.results += coco_results(found, entry["id"], self.predictor.categories)
+        return found
+
+    def _name(self, path: str) -> str:
+        """A file name of its own in the output folder; equal names get a number."""
+        stem, suffix = os.path.splitext(os.path.basename(path))
+        name, number = stem + suffix, 1
+        while name in self.names:
+            number += 1
+            name = f"{stem}-{number}{suffix}"
+        self.names.add(name)
+        return name
+
+    def _fail(self, file: str, message: str) -> None:
+        self.failures.append(message)
+
+    def _progress(self, part: float, what: str) -> None:
+        """At most once a second, with the time that is left at the speed so far."""
+        now = time.monotonic()
+        if now - self.told >= 1.0 and part > 0:
+            self.told = now
+            left = (now - self.started) * (1 - part) / part
+            print(f"{what}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def _batches(source, size: int) -> Iterator[list[np.ndarray]]:
+    batch = []
+    while True:
+        ok, frame = source.read()
+        if ok:
+            batch.append(frame)
+        if batch and (not ok or len(batch) == size):
+            yield batch
+            batch = []
+        if not ok:
+            return

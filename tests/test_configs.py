@@ -1,0 +1,65 @@
+"""Every config in the tree can be set up, and says what it is meant to say."""
+
+import pytest
+from builders import REPO
+from detectron2.modeling import build_model
+
+from era.config import load_config, student_config, validate_config
+
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+# Narrow the COCO models: their depth and names stay, their weights shrink to what a test can hold.
+NARROW = [
+    "MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM", "16",
+]  # fmt: skip
+
+
+def ident(path):
+    return str(path.relative_to(REPO / "configs"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ident)
+def test_every_config_builds_its_model(path, monkeypatch):
+    monkeypatch.chdir(
+        REPO
+    )  # configs name the toy teacher's config from the root, where users start
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
+    if "toy" not in path.parts:
+        cfg.merge_from_list(NARROW)
+        cfg.MODEL.TEACHER.OPTS = NARROW
+    cfg.MODEL.TEACHER.WEIGHTS = ""
+    cfg.MODEL.TEACHER.ALLOW_RANDOM = True
+    validate_config(cfg)
+    model = build_model(cfg)
+    assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+    assert student_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 9
+
+
+@pytest.mark.parametrize(
+    "distilled, baseline",
+    [
+        ("era_r101_r50", "plain_r50"),
+        ("era_r101_r50_init", "plain_r50_init"),
+        ("toy/era", "toy/plain"),
+        ("toy/era_init", "toy/plain_init"),
+    ],
+)
+def test_baseline_and_distilled_student_differ_in_distillation_alone(distilled, baseline):
+    a, b = (load_config(str(REPO / "configs" / f"{n}.yaml")) for n in (distilled, baseline))
+    for cfg in (a, b):
+        cfg.OUTPUT_DIR = ""
+    assert student_config(a) == student_config(b)
+    if b.MODEL.META_ARCHITECTURE == "Distiller":
+        assert a.MODEL.ERA.TWI.INIT_STUDENT and b.MODEL.ERA.TWI.INIT_STUDENT
+
+
+def test_the_flagship_follows_its_recipe():
+    cfg = load_config(str(REPO / "configs" / "era_r101_r50.yaml"))
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER) == (16, 90000)
+    assert "R_101_FPN_3x" in cfg.MODEL.TEACHER.CONFIG_FILE and "R-50.pkl" in cfg.MODEL.WEIGHTS
+    assert cfg.MODEL.RESNETS.DEPTH == 50 and cfg.DATASETS.TRAIN == ("coco_2017_train",)
