@@ -77,17 +77,17 @@ CASES = {
     "classes differ from the data": (
         ["MODEL.ROI_HEADS.NUM_CLASSES", "5"], ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "8"]),
     "an FPN level that is not there": (
-        ["MODEL.ERA.LEVELS", "['p2', 'p9']"], ["MODEL.ERA.LEVELS", "p9", "student"]),
+        ["MODEL.ERA.LEVELS", "['p3', 'p9']"], ["MODEL.ERA.LEVELS", "p9", "student"]),
     "FPN levels that the teacher lacks": (
-        teacher("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"],
-                "MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"],
-                "MODEL.ROI_HEADS.IN_FEATURES", ["p3"],
-                "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]),
-        ["MODEL.ERA.LEVELS", "teacher", "p2"]),
+        teacher("MODEL.FPN.IN_FEATURES", ["res4", "res5"],
+                "MODEL.RPN.IN_FEATURES", ["p4", "p5", "p6"],
+                "MODEL.ROI_HEADS.IN_FEATURES", ["p4"],
+                "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64]]),
+        ["MODEL.ERA.LEVELS", "teacher", "p3"]),
     "a level that TWI needs": (
-        ["MODEL.ERA.LEVELS", "['p2', 'p3']"], ["MODEL.ERA.LEVELS", "p4", "TWI"]),
+        ["MODEL.ERA.LEVELS", "['p3', 'p4']"], ["MODEL.ERA.LEVELS", "p5", "TWI"]),
     "anchors that differ": (
-        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[9], [20], [32], [48], [72]]"], ["anchors", "TWI"]),
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[9], [36], [52], [76]]"], ["anchors", "TWI"]),
     "scales of another length": (
         ["MODEL.ERA.SCALES", "[1.0, 0.5]"], ["MODEL.ERA.SCALES", "2", "MODEL.ERA.NUM_BRANCHES", "4"]),
     "unknown method": (["MODEL.DISTILLER.METHODS", "['ERAA']"], ["MODEL.DISTILLER.METHODS", "ERAA", "ERA"]),

@@ -99,7 +99,7 @@ def test_the_four_ways_between_distilled_and_plain(tmp_path):
     "change, words",
     [
         (lambda w: w.pop("roi_heads.box_head.fc1.weight"), ["lacks", "fc1.weight"]),
-        (lambda w: w.update({"backbone.fpn_output2.bias": torch.zeros(3)}), ["(3,)", "(16,)"]),
+        (lambda w: w.update({"backbone.fpn_output3.bias": torch.zeros(3)}), ["(3,)", "(16,)"]),
         (lambda w: w.clear(), ["lacks", "more keys"]),
     ],
     ids=["missing", "shape", "another architecture"],

@@ -43,8 +43,8 @@ def test_features_are_cut_to_the_students_maps():
     model.teacher.model.backbone._size_divisibility = 128
     cut = model.teacher.features(inputs, like, images.tensor.shape[-2:])
     assert all(cut[level].shape == plain[level].shape for level in like)
-    with pytest.raises(ValueError, match="p2"):
-        model.teacher.features(inputs, {"p2": torch.zeros(1, 1, 99, 99)}, (64, 96))
+    with pytest.raises(ValueError, match="p3"):
+        model.teacher.features(inputs, {"p3": torch.zeros(1, 1, 99, 99)}, (64, 96))
 
 
 def test_predictions_on_given_proposals_align_and_have_no_gradient():

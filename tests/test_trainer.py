@@ -75,7 +75,7 @@ def test_train_evaluate_and_leave_a_student(tiny_data, tmp_path):
     last = metrics(run)
     for name in ("feature", "residual", "twi_rpn", "twi_roi"):
         assert f"loss_era_{name}" in last
-    assert "era/p2/residual_e4" in last and "bbox/AP" in last and "teacher/bbox/AP" in last
+    assert "era/p3/residual_e4" in last and "bbox/AP" in last and "teacher/bbox/AP" in last
     parts = [v for k, v in last.items() if k.startswith("loss_")]
     assert last["total_loss"] == pytest.approx(sum(parts), rel=0.2)  # medians of one window
     assert {p.name for p in (run / "student").iterdir()} == {"model_final.pth", "config.yaml"}

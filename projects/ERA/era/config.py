@@ -75,6 +75,8 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.TWI = CfgNode()
     _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
     _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
+    # Of the student's sampled proposals, how many an image the ROI losses of TWI look at; 0 = all.
+    _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 0
     # Let the student's RPN and ROI heads START from the teacher's weights ("inheritance"; it moves
     # AP by itself, so report it apart). Needs heads of equal shape. Not repeated when resuming.
     _C.MODEL.ERA.TWI.INIT_STUDENT = False
@@ -215,6 +217,11 @@ def validate_config(cfg: CfgNode) -> None:
     for key, value in weights.items():
         if not 0.0 <= value < float("inf"):
             raise UserError(f"{key} is {value}: expected a finite number of at least 0; set it so.")
+    if era.TWI.PROPOSALS_PER_IMAGE < 0:
+        raise UserError(
+            f"MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is {era.TWI.PROPOSALS_PER_IMAGE}: expected a number of "
+            "proposals, or 0 for all."
+        )
     if era.NUM_BRANCHES < 0:
         raise UserError(f"MODEL.ERA.NUM_BRANCHES is {era.NUM_BRANCHES}: expected 0 or more.")
     if len(era.SCALES) != era.NUM_BRANCHES:

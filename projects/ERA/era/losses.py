@@ -29,7 +29,7 @@ def mse(estimate: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             f"shapes differ: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}"
         )
-    estimate, target = _at_least_float32(estimate), _at_least_float32(target)
+    estimate, target = at_least_float32(estimate), at_least_float32(target)
     if estimate.numel() == 0:
         return estimate.sum()
     with torch.autocast(estimate.device.type, enabled=False):
@@ -43,7 +43,7 @@ def level_mean(values: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: no level.
     """
-    if not values:
+    if len(values) == 0:
         raise ValueError("the mean over no level is undefined")
     return torch.stack(tuple(values)).mean()
 
@@ -59,7 +59,7 @@ def residual_mse(residual: Tensor, previous: Tensor, target: Tensor) -> Tensor:
         previous: ``e_{i-1}``, same shape; treated as a constant.
         target: ``F_T``, same shape; treated as a constant.
     """
-    return mse(residual, _at_least_float32(target).detach() - previous.detach())
+    return mse(residual, at_least_float32(target).detach() - previous.detach())
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -75,8 +75,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     Returns:
         Scalar >= 0; 0, connected to ``student_logits``, when there are no rows.
     """
-    student_logits = _at_least_float32(student_logits)
-    teacher_logits = _at_least_float32(teacher_logits).detach()
+    student_logits = at_least_float32(student_logits)
+    teacher_logits = at_least_float32(teacher_logits).detach()
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"shapes differ: student {tuple(student_logits.shape)}, "
@@ -92,5 +92,6 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is of a half type, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -11,14 +11,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Standard deviation of the initial conv weights: the official code's N(0, 0.01).
 INIT_STD = 0.01
 
 
 def conv_norm(
-    in_channels: int, out_channels: int, kernel_size: int, norm: str, momentum: float
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    norm: str,
+    momentum: float = 0.01,
+    *,
+    bias: bool = True,
 ) -> list[nn.Module]:
     """A conv of stride 1 that keeps height and width, then its norm.
 
@@ -26,12 +34,17 @@ def conv_norm(
         norm: ``none``, ``BN``, ``SyncBN`` or ``GN`` (at most 32 groups, of at least 8
             channels).
         momentum: of BN and SyncBN.
+        bias: whether a conv without norm has one.
 
     Raises:
         ValueError: an unknown norm.
     """
     conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=norm == "none"
+        in_channels,
+        out_channels,
+        kernel_size,
+        padding=kernel_size // 2,
+        bias=bias and norm == "none",
     )
     nn.init.normal_(conv.weight, std=INIT_STD)
     if conv.bias is not None:
@@ -51,7 +64,8 @@ class Branch(nn.Sequential):
     """One residual branch ``B_i``: ``num_blocks`` conv-norm blocks, a ReLU between two of them.
 
     Maps (B, ``channels``, H, W) to the same shape; the last block has no activation, because a residual
-    has both signs.
+    has both signs. Without norms the last conv has no bias (a hidden unit can serve as one), so that the
+    branch ends in a purely linear map, which can be exchanged with pooling and with the teacher's layers.
     """
 
     def __init__(
@@ -68,9 +82,29 @@ class Branch(nn.Sequential):
         layers: list[nn.Module] = []
         for block in range(num_blocks):
             if block > 0:
-                layers.append(nn.ReLU(inplace=True))
-            layers += conv_norm(widths[block], widths[block + 1], kernel_size, norm, norm_momentum)
+                layers.append(nn.ReLU())
+            is_last = block == num_blocks - 1
+            layers += conv_norm(
+                widths[block], widths[block + 1], kernel_size, norm, norm_momentum, bias=not is_last
+            )
         super().__init__(*layers)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the branch is hidden layers and then one 1x1 conv without norm or bias."""
+        last = self[-1]
+        return (
+            len(self) > 1
+            and isinstance(last, nn.Conv2d)
+            and last.kernel_size == (1, 1)
+            and last.bias is None
+        )
+
+    def hidden(self, x: Tensor, start: int = 0) -> Tensor:
+        """All layers from ``start`` on but the last."""
+        for layer in list(self)[start:-1]:
+            x = layer(x)
+        return x
 
 
 class MBRNet(nn.Module):
@@ -120,8 +154,66 @@ class MBRNet(nn.Module):
         if in_channels != out_channels and num_branches > 0:
             num_projections = 1 if shared_up_projection else num_branches
         self.up_projections = nn.ModuleList(
-            conv_norm(in_channels, out_channels, 1, "none", 0.0)[0] for _ in range(num_projections)
+            conv_norm(in_channels, out_channels, 1, "none", bias=False)[0]
+            for _ in range(num_projections)
         )
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether every residual is a projection of hidden maps, see :meth:`projections`."""
+        return len(self.branches) > 0 and all(branch.is_factored for branch in self.branches)
+
+    def projections(self) -> list[Tensor | None]:
+        """``P_i`` with ``d_i = P_i g_i``, one a branch: (out_channels, hidden_channels), the product of the
+        branch's last conv and its up-projection; None where the branch ends otherwise and ``g_i = d_i``."""
+        if not self.is_factored:
+            return [None] * len(self.branches)
+        products = []
+        for i, branch in enumerate(self.branches):
+            product = branch[-1].weight.flatten(1)
+            if len(self.up_projections) > 0:
+                up = self.up_projections[i % len(self.up_projections)]
+                product = up.weight.flatten(1) @ product
+            products.append(product)
+        return products
+
+    def factors(self, features: Tensor) -> list[Tensor]:
+        """``g_1..g_N`` of one level, which :meth:`projections` takes to ``d_1..d_N``.
+
+        Args:
+            features: ``F_S``, shape (B, in_channels, H, W).
+
+        Returns:
+            N maps of (B, hidden_channels, H, W), or of (B, out_channels, H, W) where there is no ``P_i``.
+        """
+        if not self.is_factored:
+            return self(features)
+        if all(branch[0].kernel_size == (1, 1) for branch in self.branches):
+            return self._pointwise_factors(features)
+        factors, branch_input = [], features
+        for branch in self.branches:
+            factors.append(branch.hidden(branch_input))
+            if self.accumulated_inputs:
+                branch_input = branch_input + branch[-1](factors[-1])
+        return factors
+
+    def _pointwise_factors(self, features: Tensor) -> list[Tensor]:
+        """As :meth:`factors`, for branches that begin with a 1x1 conv W_i and end with a 1x1 conv V_j.
+
+        All W_i F_S are one conv; an accumulated input is never made, because
+        W_i (F_S + sum_j V_j h_j) = W_i F_S + sum_j (W_i V_j) h_j, with small matrices W_i V_j.
+        """
+        weights = [branch[0].weight for branch in self.branches]
+        biases = [branch[0].bias for branch in self.branches]
+        stacked = F.conv2d(features, torch.cat(weights), torch.cat(biases))
+        factors: list[Tensor] = []
+        for i, hidden in enumerate(stacked.chunk(len(self.branches), dim=1)):
+            if self.accumulated_inputs:
+                for j in range(i):
+                    product = weights[i].flatten(1) @ self.branches[j][-1].weight.flatten(1)
+                    hidden = hidden + F.conv2d(factors[j], product[:, :, None, None])
+            factors.append(self.branches[i].hidden(hidden, start=1))
+        return factors
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """The residual estimates of one level.
@@ -164,6 +256,34 @@ class Estimates:
         return estimates
 
 
+@dataclass
+class FactoredEstimates:
+    """Estimates as ``e_i = e_0 + sum_{j<=i} P_j g_j``, without the wide maps ``d_j`` being made.
+
+    Attributes:
+        zeroth: ``e_0``, level name to (B, C_T, H, W).
+        factors: ``[g_1, ..., g_N]``, each a dict level name to (B, h, H, W).
+        projections: ``[P_1, ..., P_N]``, each (C_T, h), or None where ``g_j`` is ``d_j`` itself.
+        adapter: ``A``, pointwise, with ``e_0 = A(F_S)``.
+    """
+
+    zeroth: dict[str, Tensor]
+    factors: list[dict[str, Tensor]]
+    projections: list[Tensor | None]
+    adapter: nn.Module
+
+    def dense(self) -> Estimates:
+        """The same with ``d_j = P_j g_j`` at every position."""
+        residuals = [
+            {
+                level: g if projection is None else F.conv2d(g, projection[:, :, None, None])
+                for level, g in factor.items()
+            }
+            for factor, projection in zip(self.factors, self.projections, strict=True)
+        ]
+        return Estimates(self.zeroth, residuals)
+
+
 class FeatureEstimator(nn.Module):
     """Adapter ``A`` and MBRNet: from the student's FPN maps to estimates of the teacher's.
 
@@ -198,6 +318,16 @@ class FeatureEstimator(nn.Module):
             for i in range(len(self.mbrnet.branches))
         ]
         return Estimates(zeroth, residuals)
+
+    def factored(self, features: Mapping[str, Tensor]) -> FactoredEstimates:
+        """As :meth:`forward`, equal to rounding, in factors; what a fast training step uses."""
+        zeroth = {level: self.adapter(features[level]) for level in self.levels}
+        by_level = {level: self.mbrnet.factors(features[level]) for level in self.levels}
+        factors = [
+            {level: by_level[level][i] for level in self.levels}
+            for i in range(len(self.mbrnet.branches))
+        ]
+        return FactoredEstimates(zeroth, factors, self.mbrnet.projections(), self.adapter)
 
     def final(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``e_N`` at every level, for inference with the teacher's heads."""

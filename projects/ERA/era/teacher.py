@@ -7,6 +7,7 @@ import math
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
@@ -65,6 +66,7 @@ class Teacher(nn.Module):
         if keys.WEIGHTS:
             load_exactly(model, keys.WEIGHTS, what="MODEL.TEACHER.WEIGHTS")
         elif keys.ALLOW_RANDOM:
+            tame_random_weights(model)
             logger.warning("The teacher has RANDOM weights (MODEL.TEACHER.ALLOW_RANDOM True).")
         else:
             raise UserError(
@@ -192,6 +194,23 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg.MODEL.WEIGHTS = ""
     return teacher_cfg
+
+
+@torch.no_grad()
+def tame_random_weights(model: nn.Module) -> None:
+    """Keep the activations of a random residual network with frozen norms finite, in place.
+
+    Without statistics every residual block doubles the variance: a random R101 answers in the order of
+    1e5, and nothing can be trained against that. The last norm of each block gets weight 0, so that a
+    block starts as its shortcut (Goyal et al. 2017, section 5.1).
+    """
+    for block in model.modules():
+        if isinstance(block, CNNBlockBase):
+            norms = [m for m in block.modules() if isinstance(m, FrozenBatchNorm2d)]
+            shortcut = getattr(getattr(block, "shortcut", None), "norm", None)
+            norms = [m for m in norms if m is not shortcut]
+            if norms and hasattr(block, "shortcut"):
+                norms[-1].weight.zero_()
 
 
 class TeacherRecord:

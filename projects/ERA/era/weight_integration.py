@@ -17,6 +17,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.losses import at_least_float32
 from era.student import Recording
 
 
@@ -28,55 +29,96 @@ class TeacherHeads:
     Args:
         rpn: the teacher's proposal generator.
         roi_heads: the teacher's ROI heads.
+        proposals_per_image: how many of the student's sampled proposals the ROI losses look at; 0 = all.
     """
 
-    def __init__(self, rpn: RPN, roi_heads: StandardROIHeads):
+    def __init__(self, rpn: RPN, roi_heads: StandardROIHeads, proposals_per_image: int = 0):
         self.rpn = rpn
         self.roi_heads = roi_heads
+        self.proposals_per_image = proposals_per_image
 
-    def rpn_loss(self, estimate: dict[str, Tensor], step: Recording) -> Tensor:
-        """Objectness and anchor-delta losses of the teacher's RPN head on one estimate.
+    def rpn_loss(
+        self, estimates: list[dict[str, Tensor]], weights: list[float], step: Recording
+    ) -> Tensor:
+        """Objectness and anchor-delta losses of the teacher's RPN head, summed over estimates.
 
         Args:
-            estimate: level name to (B, C_T, H, W).
+            estimates: ``e_0..e_N``, each level name to (B, C_T, H, W).
+            weights: one an estimate.
             step: the student's step, for its anchors, their sampled labels and matched boxes.
 
         Returns:
             Scalar: Detectron2's ``loss_rpn_cls + loss_rpn_loc`` with the teacher's loss settings, per
             anchor that the STUDENT samples (the teacher's own sample size plays no part).
         """
-        logits, deltas = self.rpn_predictions(estimate)
-        with _own_scope():
-            losses = self.rpn.losses(
-                step.anchors, logits, step.anchor_labels, deltas, step.anchor_boxes
-            )
-        return sum(losses.values()) * (self.rpn.batch_size_per_image / step.anchors_per_image)
+        total = 0.0
+        for weight, estimate in zip(weights, estimates, strict=True):
+            logits, deltas = rpn_predictions(self.rpn, estimate)
+            with _own_scope():
+                losses = self.rpn.losses(
+                    step.anchors, logits, step.anchor_labels, deltas, step.anchor_boxes
+                )
+            total = total + weight * sum(losses.values())
+        return total * (self.rpn.batch_size_per_image / step.anchors_per_image)
 
-    def roi_loss(self, estimate: dict[str, Tensor], step: Recording) -> Tensor:
-        """Class and box losses of the teacher's ROI box head on one estimate.
+    def roi_loss(
+        self, estimates: list[dict[str, Tensor]], weights: list[float], step: Recording
+    ) -> Tensor:
+        """Class and box losses of the teacher's ROI box head, summed over estimates.
 
         Args:
-            estimate: level name to (B, C_T, H, W).
+            estimates, weights: as :meth:`rpn_loss`.
             step: the student's step, for its sampled proposals and their ground truth.
 
         Returns:
-            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings.
+            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings, on the
+            first ``proposals_per_image`` proposals, see :func:`choose_proposals`.
         """
-        boxes = [p.proposal_boxes for p in step.proposals]
-        predictions = self.roi_predictions(estimate, boxes)
-        with _own_scope():
-            losses = self.roi_heads.box_predictor.losses(predictions, step.proposals)
-        return sum(losses.values())
+        proposals = [
+            p[rows] for p, rows in zip(step.proposals, self.chosen_rows(step), strict=True)
+        ]
+        boxes = [p.proposal_boxes for p in proposals]
+        total = 0.0
+        for weight, estimate in zip(weights, estimates, strict=True):
+            predictions = roi_predictions(self.roi_heads, estimate, boxes)
+            with _own_scope():
+                losses = self.roi_heads.box_predictor.losses(predictions, proposals)
+            total = total + weight * sum(losses.values())
+        return total
 
-    def rpn_predictions(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Objectness logits (B, H * W * A) and anchor deltas (B, H * W * A, 4), per level, float32."""
-        return rpn_predictions(self.rpn, features)
+    def chosen_rows(self, step: Recording) -> list[Tensor]:
+        """Per image, the indices of the proposals that TWI looks at."""
+        return [
+            choose_proposals(p.gt_classes, self.roi_heads.num_classes, self.proposals_per_image)
+            for p in step.proposals
+        ]
 
-    def roi_predictions(
-        self, features: dict[str, Tensor], boxes: list[Boxes]
-    ) -> tuple[Tensor, Tensor]:
-        """Class logits (R, K + 1) and box deltas (R, 4K or 4) on boxes in pixels, float32."""
-        return roi_predictions(self.roi_heads, features, boxes)
+
+def choose_proposals(gt_classes: Tensor, num_classes: int, count: int) -> Tensor:
+    """Indices of at most ``count`` of an image's sampled proposals, foreground and background in the
+    proportion of the whole sample.
+
+    Detectron2 lists foreground first and each part in random order, so that the first of each part are
+    a random subset; no random number is drawn here.
+
+    Args:
+        gt_classes: (R,), ``num_classes`` for background.
+        count: 0 for all.
+
+    Returns:
+        (min(R, count),) long, ascending.
+    """
+    total = gt_classes.shape[0]
+    indices = torch.arange(total, device=gt_classes.device)
+    if count == 0 or count >= total:
+        return indices
+    is_background = gt_classes == num_classes
+    foreground, background = indices[~is_background], indices[is_background]
+    kept = round(count * len(foreground) / total)
+    if len(foreground) > 0:
+        kept = max(kept, 1)
+    kept = min(max(kept, count - len(background)), len(foreground))
+    return torch.cat([foreground[:kept], background[: count - kept]])
 
 
 def rpn_predictions(rpn: RPN, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,8 +129,9 @@ def rpn_predictions(rpn: RPN, features: dict[str, Tensor]) -> tuple[list[Tensor]
         order of the RPN's anchors, float32.
     """
     logits, deltas = rpn.rpn_head([features[level] for level in rpn.in_features])
-    logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
-    deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float() for x in deltas]
+    logits = [at_least_float32(x.permute(0, 2, 3, 1).flatten(1)) for x in logits]
+    deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]
+    deltas = [at_least_float32(x) for x in deltas]
     return logits, deltas
 
 
@@ -98,7 +141,7 @@ def roi_predictions(
     """Run the box branch of ROI heads alone: class logits (R, K + 1), deltas (R, 4K or 4), float32."""
     pooled = roi_heads.box_pooler([features[level] for level in roi_heads.box_in_features], boxes)
     logits, deltas = roi_heads.box_predictor(roi_heads.box_head(pooled))
-    return logits.float(), deltas.float()
+    return at_least_float32(logits), at_least_float32(deltas)
 
 
 def check_teacher_heads(teacher: nn.Module, student: nn.Module, levels: list[str]) -> None:

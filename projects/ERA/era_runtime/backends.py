@@ -87,8 +87,7 @@ class TorchScriptBackend:
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
         """See :class:`era_runtime.predictor.Backend`."""
         outputs = []
-        # torch's profiling executor would compile anew for each of the first image sizes.
-        with self.torch.no_grad(), self.torch.jit.optimized_execution(False):
+        with self.torch.no_grad():
             for image in images:
                 outputs.append(tuple(x.numpy() for x in self.model(self.torch.from_numpy(image))))
         return outputs

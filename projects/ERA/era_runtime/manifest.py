@@ -99,7 +99,9 @@ def _check_files(folder: Path, manifest: dict) -> None:
     files = manifest["files"]
     for name in (*MODEL_FILES[manifest["format"]], CLASSES):
         if name not in files:
-            raise DeploymentError(f"{folder / MANIFEST} does not list {name}: export the model again.")
+            raise DeploymentError(
+                f"{folder / MANIFEST} does not list {name}: export the model again."
+            )
     for name, entry in files.items():
         path = folder / name
         if Path(name).name != name:

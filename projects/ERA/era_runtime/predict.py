@@ -69,9 +69,7 @@ def predict(args: argparse.Namespace) -> int:
     """
     if not 0.0 <= args.score <= 1.0:
         raise DeploymentError(f"--score is {args.score}: expected a number from 0 to 1.")
-    if os.path.exists(args.output) and (
-        not os.path.isdir(args.output) or os.listdir(args.output)
-    ):
+    if os.path.exists(args.output) and (not os.path.isdir(args.output) or os.listdir(args.output)):
         raise DeploymentError(
             f"--output {args.output} exists and is not an empty folder: name another, or remove it."
         )
@@ -156,7 +154,9 @@ class _Job:
                             )
                         writer.write(draw(frame, detections))
                 part = min(frames / total, 1.0) if total else 0.0
-                self._progress((self.done + part) / self.num_files, f"{file}: frame {frames} of {total}")
+                self._progress(
+                    (self.done + part) / self.num_files, f"{file}: frame {frames} of {total}"
+                )
         finally:
             source.release()
             if writer is not None:

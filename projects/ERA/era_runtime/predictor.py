@@ -121,9 +121,7 @@ class Predictor:
         return results
 
 
-def load(
-    folder: str | Path, *, batch_size: int = 1, num_threads: int | None = None
-) -> Predictor:
+def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = None) -> Predictor:
     """A predictor from a deployment folder, on the CPU.
 
     Args:

@@ -17,25 +17,25 @@ class ToySpec:
     Lengths are pixels; colours and noise are grey levels of 0 to 255; extents are diameters.
     """
 
-    train_images: int = 1200  # training images
-    val_images: int = 300  # validation images
+    train_images: int = 1600  # training images
+    val_images: int = 200  # validation images
     image_size: int = 128  # height and width of every image, pixels
     seed: int = 0  # the first number of every image's seed
-    max_objects: int = 4  # wanted objects per image: 1 to this many, equally likely
+    max_objects: int = 3  # wanted objects per image: 1 to this many, equally likely
     empty_fraction: float = 0.02  # share of images without any object
-    min_size: float = 16.0  # smallest object extent, pixels; extents are log-uniform
-    max_size: float = 64.0  # largest object extent, pixels
-    stretch: float = 1.25  # largest ratio of an object's two axes
-    wobble: float = 0.03  # standard deviation of a corner's place, share of the radius
+    min_size: float = 20.0  # smallest object extent, pixels; extents are log-uniform
+    max_size: float = 80.0  # largest object extent, pixels
+    stretch: float = 1.15  # largest ratio of an object's two axes
+    wobble: float = 0.02  # standard deviation of a corner's place, share of the radius
     min_visible: float = 0.3  # no object is drawn if one would show less than this share of itself
     min_side: int = 6  # smallest side of a box, pixels
-    min_contrast: float = 60.0  # least colour distance (RGB, L2) to what is below, grey levels
-    texture: float = 40.0  # largest colour difference within a texture, per channel, grey levels
-    distractors: int = 2  # most lines and blobs per image that are no object; some occlude objects
-    lighting: float = 0.25  # strength of light gradients and shadows, 0 (even light) to 1
+    min_contrast: float = 90.0  # least colour distance (RGB, L2) to what is below, grey levels
+    texture: float = 16.0  # largest colour difference within a texture, per channel, grey levels
+    distractors: int = 1  # most lines and blobs per image that are no object; some occlude objects
+    lighting: float = 0.12  # strength of light gradients and shadows, 0 (even light) to 1
     colour_cast: float = 0.15  # largest relative change of a channel's gain
-    blur: float = 0.7  # largest standard deviation of the image blur, pixels
-    noise: float = 6.0  # largest standard deviation of the pixel noise, grey levels
+    blur: float = 0.5  # largest standard deviation of the image blur, pixels
+    noise: float = 4.0  # largest standard deviation of the pixel noise, grey levels
     jpeg_quality: int = 92  # 1 to 100
 
 

@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -113,7 +114,9 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     jobs = args.jobs if args.jobs is not None else default_jobs(cores)
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}: expected at least 1.")
-    runs = make_runs(output, overrides(args))
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed is {args.seed}: expected 0 or more.")
+    runs = make_runs(output, overrides(args), seed=args.seed)
     lock = prepare_folder(output, reuse=args.reuse)
     signal.signal(signal.SIGTERM, _interrupt)
     screen = Screen()
@@ -140,10 +143,10 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """Overrides for every run: those of ``--fast``, then the user's, then the seed.
+    """Overrides for every run: those of ``--fast``, then the user's.
 
     Raises:
-        UserError: an odd number of words, or a word that looks like a misplaced option.
+        UserError: they are not pairs.
     """
     opts = list(args.opts)
     if len(opts) % 2:
@@ -151,12 +154,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
             f"the overrides {' '.join(opts)!r} are not pairs: give KEY VALUE KEY VALUE ..., options "
             "such as --fast before them."
         )
-    make_seed = [] if args.seed is None else ["SEED", str(args.seed)]
-    if make_seed and args.seed < 0:
-        raise UserError(f"--seed is {args.seed}: expected 0 or more.")
-    if "SEED" in opts[::2]:
-        raise UserError("SEED is set by --seed: use that.")
-    return [*(FAST if args.fast else ()), *opts, *make_seed]
+    return [*(FAST if args.fast else ()), *opts]
 
 
 def default_jobs(cores: int) -> int:
@@ -174,8 +172,9 @@ def finish(
     cores: int,
 ) -> list[table.Row]:
     """Measure, and write the table, the figures and the pictures."""
-    logging.getLogger("detectron2").setLevel(logging.ERROR)
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    for name in ("detectron2", "fvcore", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2's own anchors
     rows = table.gather(runs, measure.measure(runs))
     cfg = runs[0].config
     about = {
@@ -212,7 +211,7 @@ def notes(*, jobs: int, seed: int, dataset: str, fast: bool) -> list[str]:
         "by itself, so compare only rows that inherited the same.",
         "At alpha 1 the ERA student's backbone is followed by MBRNet and the teacher's heads; all "
         "other rows are ordinary detectors, with nothing of ERA in them.",
-        f"ms per training step: median, on this machine, with up to {jobs} run(s) side by side; "
+        f"ms per training step: median, on this machine, with up to {jobs} run(s) at a time; "
         "compare rows with care.",
         "ms per image: median, batch of one, one thread, models taking turns, nothing else running.",
         "The comparison is at equal iterations, on a schedule too short for the plain student to level "

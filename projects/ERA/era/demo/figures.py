@@ -169,9 +169,9 @@ def write_ap(rows: Sequence[Row], path: Path) -> None:
             inherited = group[0].inherited
             text = "nothing inherited" if inherited == NOTHING else f"inherited: {inherited}"
             gain = next((g["gain"] for g in gains(rows) if g["inherited"] == inherited), None)
-            text += "" if gain is None else f"\nERA {gain:+.1f} points"
+            text += "" if gain is None else f"\nERA {round(gain, 1) + 0.0:+.1f} points"
             axis.annotate(
-                text, (centre, 0), (0, -38), xycoords=("data", "axes fraction"),
+                text, (centre, 0), (0, -32), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha="center", va="top", color="#444444", fontsize=10,
                 linespacing=1.5,
             )  # fmt: skip

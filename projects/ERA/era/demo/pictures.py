@@ -78,9 +78,16 @@ def write_overview(
         chosen = gains[: rows - len(few)] + few
         side = OVERVIEW_WIDTH // (len(SHOWN) + 1) - 12
         picture = strip(chosen, classes, labels, side=side, smooth=True)
-        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        if path.stat().st_size <= OVERVIEW_BYTES:
-            return
+        palette = picture.quantize(256, kmeans=3)
+        # All colours if they fit, else 256 of them, dithered if that fits.
+        for version in (
+            picture,
+            picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG),
+            picture.quantize(palette=palette, dither=Image.Dither.NONE),
+        ):
+            version.save(path, optimize=True)
+            if path.stat().st_size <= OVERVIEW_BYTES:
+                return
 
 
 def strip(
@@ -213,7 +220,9 @@ def _legend(pen: ImageDraw.ImageDraw, x: float, y: float, size: int) -> None:
         (WRONG, "dashed", "wrong class or place, or found twice"),
         (MISSED, "dotted", "missed object"),
     ):
-        _frame(pen, [x + 3, y - size * 0.5, x + size * 2, y + size * 0.5], colour, style, line)
+        corners = [x + 3, y - size * 0.5, x + size * 2, y + size * 0.5]
+        pen.rectangle(corners, fill=SOFT)  # white shows on no white paper
+        _frame(pen, corners, colour, style, line)
         pen.text((x + size * 2.5, y), text, INK, font(size), anchor="lm")
         x += size * 4 + pen.textlength(text, font(size))
 

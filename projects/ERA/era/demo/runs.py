@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 
 from era.config import load_config, validate_config
 from era.errors import UserError
@@ -72,12 +73,19 @@ class Run:
         return load_config(self.config_file, self.opts)
 
 
-def make_runs(output: Path, opts: Sequence[str] = (), *, configs: str = "configs/toy") -> list[Run]:
+def make_runs(
+    output: Path,
+    opts: Sequence[str] = (),
+    *,
+    seed: int | None = None,
+    configs: str = "configs/toy",
+) -> list[Run]:
     """The demo's runs, with their configs checked.
 
     Args:
         output: the demo's folder, absolute.
         opts: overrides for every run, ``[KEY, VALUE, ...]``.
+        seed: of every run; None = the configs' own.
         configs: folder of the five configs, from the current folder.
 
     Raises:
@@ -92,7 +100,7 @@ def make_runs(output: Path, opts: Sequence[str] = (), *, configs: str = "configs
     table = [
         ("teacher", "Teacher", "teacher", (), 1.6, NOTHING, None),
         ("plain", "Plain student", "plain", (), 1.0, NOTHING, None),
-        ("era", "ERA student", "era", teacher, 2.8, NOTHING, "teacher"),
+        ("era", "ERA student", "era", teacher, 3.5, NOTHING, "teacher"),
         (
             "era_alpha1",
             "ERA at alpha 1, teacher's heads",
@@ -103,13 +111,14 @@ def make_runs(output: Path, opts: Sequence[str] = (), *, configs: str = "configs
             "era",
         ),
         ("plain_init", "Plain student, inherited", "plain_init", teacher, 1.1, HEADS, "teacher"),
-        ("era_init", "ERA student, inherited", "era_init", teacher, 2.8, HEADS, "teacher"),
+        ("era_init", "ERA student, inherited", "era_init", teacher, 3.5, HEADS, "teacher"),
     ]
+    seeding = () if seed is None else ("SEED", str(seed))
     runs = []
     for name, label, config, own, cost, inherited, depends_on in table:
         file = f"{configs}/{config}.yaml"
         folder = output / name
-        run_opts = ("OUTPUT_DIR", str(folder), *own, *opts)
+        run_opts = ("OUTPUT_DIR", str(folder), *own, *seeding, *opts)
         cfg = load_config(file, run_opts)
         validate_config(cfg)
         if len(cfg.DATASETS.TEST) != 1:
@@ -188,11 +197,13 @@ def remove(path: Path) -> None:
 
 
 def identity(run: Run, folder_of: dict[str, Path]) -> dict:
-    """What a run's result follows from: its command, its whole config, and the run it builds upon."""
+    """What a run's result follows from: command, whole config, data, and the run it builds upon."""
+    cfg = run.config
     needed = folder_of[run.depends_on] / STAMP if run.depends_on else None
     return {
         "command": list(run.command),
-        "config_sha256": _sha256(run.config.dump().encode()),
+        "config_sha256": _sha256(cfg.dump().encode()),
+        "data": {name: _age(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
         "after_sha256": _sha256(needed.read_bytes()) if needed and needed.is_file() else None,
     }
 
@@ -213,6 +224,15 @@ def mark_finished(run: Run, folder_of: dict[str, Path], seconds: float) -> None:
     partial = run.folder / (STAMP + ".partial")
     partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     os.replace(partial, run.folder / STAMP)
+
+
+def _age(dataset: str) -> list[int] | None:
+    """Size and time of a registered dataset's annotation file, which change when data is made anew."""
+    path = MetadataCatalog.get(dataset).get("json_file")
+    if not path or not os.path.isfile(path):
+        return None
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _sha256(data: bytes) -> str:

@@ -126,7 +126,7 @@ def _sentence(plain: Row, era: Row) -> str:
         else f"both starting from the teacher's {era.inherited}"
     )
     numbers = f"{era.ap:.1f} AP against {plain.ap:.1f} AP"
-    gain = era.ap - plain.ap
+    gain = round(era.ap - plain.ap, 1) + 0.0  # no "-0.0"
     if gain >= CLEARLY:
         verdict = f"ERA beats the plain student by {gain:+.1f} points"
     elif gain > 0:

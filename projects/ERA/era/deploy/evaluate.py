@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from era_runtime import DeploymentError, Predictor, load, read_image
+from era_runtime.manifest import sha256_file
+from era_runtime.results import coco_results
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from era.config import load_config
+from era.config import find_config_file, load_config
 from era.data import toy
 from era.data.coco import register_from_config
 from era.deploy.export import add_source_arguments
 from era.deploy.parity import sample_images
 from era.deploy.source import load_source
 from era.errors import UserError
-from era_runtime import DeploymentError, Predictor, load, read_image
-from era_runtime.manifest import sha256_file
-from era_runtime.results import coco_results
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EAGER = "eager"
@@ -106,27 +106,33 @@ def eager_predictor(args: argparse.Namespace, manifest: dict) -> Predictor | Non
         UserError: the arguments name something that cannot be loaded.
     """
     given = {"run": args.run, "config_file": args.config_file, "weights": args.weights}
+    opts = list(args.opts)
     if not any(given.values()):
         source = manifest.get("source", {})
-        weights = str(source.get("weights"))
-        gone = not os.path.isfile(weights) or sha256_file(weights) != source.get("weights_sha256")
-        if gone or not os.path.isfile(str(source.get("config_file"))):
+        given = {key: str(source.get(key)) for key in ("config_file", "weights")}
+        opts = [*source.get("opts", []), *opts]
+        if not _is_unchanged(given["config_file"], given["weights"], source.get("weights_sha256")):
             print(
-                f"no eager beside it: {weights} or its config is gone or has changed since the export "
-                "(name them with --run or --config-file and --weights)",
+                f"no eager beside it: {given['weights']} or its config is gone or has changed since the "
+                "export (name them with --run or --config-file and --weights)",
                 file=sys.stderr,
             )
             return None
-        given = {"config_file": source["config_file"], "weights": weights}
-    # The score threshold of the export counts, whatever the run's config says.
-    opts = [
-        *args.opts,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-        manifest["score_threshold"],
-    ]
+    # What the export was made with counts, whatever the run's config says now.
+    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", manifest["score_threshold"]]
+    opts += ["INPUT.MIN_SIZE_TEST", manifest["input"]["min_size"]]
+    opts += ["INPUT.MAX_SIZE_TEST", manifest["input"]["max_size"]]
     return load_source(
         **given, opts=opts, alpha=manifest["alpha"], classes_file=args.classes
     ).predictor()
+
+
+def _is_unchanged(config_file: str, weights: str, sha256: str | None) -> bool:
+    try:
+        find_config_file(config_file, what="the manifest's source")
+    except UserError:
+        return False
+    return os.path.isfile(weights) and sha256_file(weights) == sha256
 
 
 def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:
@@ -143,8 +149,8 @@ def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:
         name = args.dataset
         config = args.config_file or (os.path.join(args.run, "config.yaml") if args.run else "")
         config = config or str(manifest.get("source", {}).get("config_file"))
-        if os.path.isfile(config):
-            cfg = load_config(config, args.opts)
+        with contextlib.suppress(UserError):  # no config: --dataset may name one that is built in
+            cfg = load_config(find_config_file(config, what="--config-file"), args.opts)
             register_from_config(cfg)
             name = name or next(iter(cfg.DATASETS.TEST), "")
         if name not in DatasetCatalog:
@@ -222,7 +228,9 @@ def has_dropped(scores: Mapping[str, Mapping[str, float]], most: float) -> bool:
         UserError: there is no eager to compare with.
     """
     if EAGER not in scores:
-        raise UserError("--max-drop needs eager: name it with --run or --config-file and --weights.")
+        raise UserError(
+            "--max-drop needs eager: name it with --run or --config-file and --weights."
+        )
     return any(scores[EAGER]["AP"] - row["AP"] > most for row in scores.values())
 
 
@@ -255,4 +263,3 @@ def print_latency(times: Mapping[str, Sequence[float]]) -> None:
     for name, values in times.items():
         low, middle, high = np.percentile(values, [25, 50, 75])
         print(f"{name:{width}} {middle:9.2f} ({low:.2f} to {high:.2f})  {middle / first:.2f}")
-

@@ -49,7 +49,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of --config-file")
     parser.add_argument("--classes", default="", metavar="FILE",
                         help="class names, one a line; default: those of the config's dataset")  # fmt: skip
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides"
+    )
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -67,7 +69,9 @@ def argument_parser() -> argparse.ArgumentParser:
                         help="images, folders or globs for --int8")  # fmt: skip
     parser.add_argument("--parity-images", nargs="+", default=[], metavar="PATH",
                         help="images with objects for the comparison; default: generated ones")  # fmt: skip
-    parser.add_argument("--box-tolerance", type=float, default=parity.Tolerance.box, metavar="PIXELS")
+    parser.add_argument(
+        "--box-tolerance", type=float, default=parity.Tolerance.box, metavar="PIXELS"
+    )
     parser.add_argument("--score-tolerance", type=float, default=parity.Tolerance.score)
     add_source_arguments(parser)
     return parser
@@ -109,9 +113,7 @@ def export_main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def check_request(
-    name: str, output: str, alpha: int, int8: bool, calibrate: Sequence[str]
-) -> None:
+def check_request(name: str, output: str, alpha: int, int8: bool, calibrate: Sequence[str]) -> None:
     """All that can be judged before a model is built.
 
     Raises:
@@ -179,9 +181,7 @@ def export(
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        report = _write_and_compare(
-            source, name, temporary, calibration, parity_images, tolerance
-        )
+        report = _write_and_compare(source, name, temporary, calibration, parity_images, tolerance)
         if report.problems:
             raise UserError(
                 f"the exported {name} model differs from eager: {report.problems[0]}"
@@ -276,8 +276,11 @@ def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
         **({"opset": OPSET} if name in ("onnx", "openvino") else {}),
         "source": {
             "config_file": source.config_file,
+            "opts": source.opts,
             "weights": source.weights,
-            "weights_sha256": sha256_file(source.weights) if os.path.isfile(source.weights) else None,
+            "weights_sha256": sha256_file(source.weights)
+            if os.path.isfile(source.weights)
+            else None,
             "teacher": dict(source.eager.teacher.source) | {"sha256": source.eager.teacher.sha256}
             if source.alpha == 1
             else None,

@@ -4,6 +4,7 @@ and return ``boxes`` (n, 4), ``scores`` (n,) and ``classes`` (n,), boxes in pixe
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,7 +161,9 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> Non
     graph = onnx.load(str(path))
     convs = backbone_convs(graph)
     if not convs:  # an empty list would mean "all" to onnxruntime, the heads included
-        raise UserError("int8 found no convolution in the model's backbone to quantise: export float.")
+        raise UserError(
+            "int8 found no convolution in the model's backbone to quantise: export float."
+        )
     unshare_initializers(graph)
     onnx.save(graph, str(path))
     with quiet():
@@ -204,6 +207,11 @@ def unshare_initializers(graph) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporters' many warnings on shapes; parity is what tells whether they mattered."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -145,7 +145,11 @@ class EagerBackend:
         """See :class:`era_runtime.predictor.Backend`."""
         inputs = [{"image": torch.from_numpy(image)} for image in images]
         return [
-            (r.pred_boxes.tensor.cpu().numpy(), r.scores.cpu().numpy(), r.pred_classes.cpu().numpy())
+            (
+                r.pred_boxes.tensor.cpu().numpy(),
+                r.scores.cpu().numpy(),
+                r.pred_classes.cpu().numpy(),
+            )
             for r in self.model.inference(inputs, do_postprocess=False)
         ]
 

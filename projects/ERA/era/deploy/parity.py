@@ -172,13 +172,13 @@ def match(expected: Detections, found: Detections) -> dict[int, int]:
 
     Near-tied scores swap order between runtimes, so rank means nothing.
     """
-    iou = box_iou(expected.boxes, found.boxes)
+    iou = np.nan_to_num(box_iou(expected.boxes, found.boxes))  # a box of NaN matches nothing
     iou[expected.classes[:, None] != found.classes[None, :]] = 0.0
     partner: dict[int, int] = {}
     taken: set[int] = set()
     for flat in np.argsort(-iou, axis=None, kind="stable"):
         i, j = divmod(int(flat), max(iou.shape[1], 1))
-        if iou[i, j] <= 0.5:
+        if not iou[i, j] > 0.5:
             break
         if i not in partner and j not in taken:
             partner[i] = j
@@ -242,7 +242,9 @@ def _cut(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _shapes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     image = cv2.resize(
-        rng.integers(40, 215, (4, 5, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
+        rng.integers(40, 215, (4, 5, 3)).astype(np.uint8),
+        (width, height),
+        interpolation=cv2.INTER_CUBIC,
     )
     unit = min(height, width)
     for k in range(6):

@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         cfg: the run's config, on the CPU.
-        config_file, weights: where it came from, as the user named it.
+        config_file, weights, opts: where it came from, as the user named it.
         alpha: 0 or 1.
         eager: the reference that an export is compared with: the student, or the distiller at alpha 1.
         model: what is exported; at alpha 0 the same object as ``eager``.
@@ -41,6 +41,7 @@ class Source:
     cfg: CfgNode
     config_file: str
     weights: str
+    opts: list[str]
     alpha: int
     eager: nn.Module
     model: GeneralizedRCNN
@@ -54,7 +55,9 @@ class Source:
 
     def predictor(self, batch_size: int = 1) -> Predictor:
         """Eager inference behind the interface of all deployed models."""
-        return Predictor(EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size)
+        return Predictor(
+            EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size
+        )
 
     def with_score_threshold(self, threshold: float) -> Source:
         """A copy whose ``model`` gives only detections with a higher score than ``threshold``."""
@@ -123,7 +126,9 @@ def load_source(
     eager.eval().requires_grad_(False)
     model = compose_alpha_1(eager) if alpha == 1 else eager
     categories = class_categories(cfg, classes_file)
-    return Source(cfg, config_file, weights, alpha, eager, model, categories)
+    return Source(
+        cfg, config_file, weights, [str(o) for o in opts], alpha, eager, model, categories
+    )
 
 
 def last_checkpoint(run: str) -> str:
@@ -191,7 +196,9 @@ def class_categories(cfg: CfgNode, classes_file: str) -> list[dict]:
     else:
         register_from_config(cfg)
         found = next(
-            filter(None, (_dataset_categories(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))),
+            filter(
+                None, (_dataset_categories(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
+            ),
             [],
         )
         if not found:

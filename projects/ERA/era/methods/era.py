@@ -6,6 +6,7 @@ this project's adaptation, not a reproduction (README.md, "ERA for detection").
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -15,12 +16,16 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from era.errors import UserError
+from era.fast_integration import FastTeacherHeads
 from era.inference import BlendedDetector
-from era.losses import kd_loss, level_mean, mse, residual_mse
-from era.mbrnet import FeatureEstimator, MBRNet
+from era.losses import kd_loss, level_mean
+from era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
 from era.methods.base import METHOD_REGISTRY, DistillationStep, Method
+from era.residual_loss import estimate_distances
 from era.teacher import Teacher
-from era.weight_integration import TeacherHeads, check_equal_heads, check_teacher_heads
+from era.weight_integration import check_equal_heads, check_teacher_heads
+
+logger = logging.getLogger(__name__)
 
 
 @METHOD_REGISTRY.register()
@@ -29,7 +34,8 @@ class ERA(Method):
 
     Args:
         estimator: adapter and MBRNet.
-        teacher: the frozen teacher, for its heads; not registered as a submodule.
+        teacher: the frozen teacher; not registered as a submodule.
+        heads: the teacher's heads as judges; None if TWI is off.
         scales: ``s_1..s_N``.
         feature_weight, residual_weight, kd_weight: ``w_f``, ``w_r``, ``w_k``; 0 leaves a term out.
         kd_temperature: ``tau``.
@@ -43,6 +49,7 @@ class ERA(Method):
         *,
         estimator: FeatureEstimator,
         teacher: Teacher,
+        heads: FastTeacherHeads | None,
         scales: list[float],
         feature_weight: float,
         residual_weight: float,
@@ -54,6 +61,7 @@ class ERA(Method):
     ):
         super().__init__()
         self.estimator = estimator
+        self.heads = heads
         self.scales = tuple(scales)
         self.feature_weight = feature_weight
         self.residual_weight = residual_weight
@@ -81,8 +89,18 @@ class ERA(Method):
         era = cfg.MODEL.ERA
         levels = list(era.LEVELS)
         in_channels, out_channels = check_levels(student, teacher, levels)
-        if era.TWI.RPN_WEIGHT > 0 or era.TWI.ROI_WEIGHT > 0 or era.ALPHA > 0:
+        uses_heads = era.TWI.RPN_WEIGHT > 0 or era.TWI.ROI_WEIGHT > 0
+        if uses_heads or era.ALPHA > 0:
             check_teacher_heads(teacher.model, student, levels)
+        heads = None
+        if uses_heads:
+            heads = FastTeacherHeads(
+                teacher.model.proposal_generator,
+                teacher.model.roi_heads,
+                era.TWI.PROPOSALS_PER_IMAGE,
+                student_pooler=student.roi_heads.box_pooler,
+            )
+            logger.info("TWI: %s", heads.describe())
         if 0 < era.ALPHA < 1:
             check_equal_heads(teacher.model, student, reason=f"MODEL.ERA.ALPHA {era.ALPHA}")
         mbrnet = MBRNet(
@@ -102,6 +120,7 @@ class ERA(Method):
                 levels=levels, in_channels=in_channels, out_channels=out_channels, mbrnet=mbrnet
             ),
             "teacher": teacher,
+            "heads": heads,
             "scales": era.SCALES,
             "feature_weight": era.FEATURE_WEIGHT,
             "residual_weight": era.RESIDUAL_WEIGHT,
@@ -132,55 +151,55 @@ class ERA(Method):
         losses = {}
         uses_heads = self.rpn_weight > 0 or self.roi_weight > 0
         if uses_heads or self.feature_weight > 0 or self.residual_weight > 0:
-            estimates = self.estimator(step.student.features)
-            cumulative = estimates.cumulative()
-            self._feature_losses(losses, step, estimates.residuals, cumulative)
+            estimates = self.estimator.factored(step.student.features)
+            self._feature_losses(losses, step, estimates)
             if uses_heads:
-                self._twi_losses(losses, step, cumulative)
+                self._twi_losses(losses, step, estimates)
         if self.kd_weight > 0:
             losses["loss_era_kd"] = self.kd_weight * kd_loss(
                 step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
             )
         return losses
 
-    def _feature_losses(self, losses, step, residuals, cumulative) -> None:
-        target = step.teacher_features
+    def _feature_losses(
+        self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates
+    ) -> None:
         levels = self.estimator.levels
-        # distances[i][level] = MSE(e_i, F_T), for i > 0 with gradient into d_i alone
-        distances = [{level: mse(cumulative[0][level], target[level]) for level in levels}]
-        for residual, previous in zip(residuals, cumulative, strict=False):
-            distances.append(
-                {
-                    level: residual_mse(residual[level], previous[level], target[level])
-                    for level in levels
-                }
-            )
+        distances = torch.stack(
+            [
+                estimate_distances(
+                    estimates.zeroth[level],
+                    step.teacher_features[level],
+                    [factor[level] for factor in estimates.factors],
+                    estimates.projections,
+                )
+                for level in levels
+            ]
+        )  # (levels, N + 1), MSE(e_i, F_T), each with gradient into its newest part alone
         if self.feature_weight > 0:
-            losses["loss_era_feature"] = self.feature_weight * level_mean(distances[0].values())
-        if self.residual_weight > 0 and residuals:
-            total = sum(
-                scale * level_mean(by_level.values())
-                for scale, by_level in zip(self.scales, distances[1:], strict=True)
-            )
-            losses["loss_era_residual"] = self.residual_weight / len(residuals) * total
+            losses["loss_era_feature"] = self.feature_weight * level_mean(distances[:, 0])
+        if self.residual_weight > 0 and self.scales:
+            by_branch = [level_mean(values) for values in distances[:, 1:].unbind(1)]
+            total = sum(s * value for s, value in zip(self.scales, by_branch, strict=True))
+            losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
 
         storage = get_event_storage()
-        values = torch.stack([d[level].detach() for level in levels for d in distances]).tolist()
-        names = [f"era/{level}/residual_e{i}" for level in levels for i in range(len(distances))]
-        storage.put_scalars(smoothing_hint=True, **dict(zip(names, values, strict=True)))
+        names = [
+            f"era/{level}/residual_e{i}" for level in levels for i in range(distances.shape[1])
+        ]
+        for name, value in zip(names, distances.detach().flatten().tolist(), strict=True):
+            storage.put_scalar(name, value)
 
-    def _twi_losses(self, losses, step, cumulative) -> None:
-        heads = TeacherHeads(self.teacher.model.proposal_generator, self.teacher.model.roi_heads)
+    def _twi_losses(
+        self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates
+    ) -> None:
         weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
-        for name, weight, loss in (
-            ("loss_era_twi_rpn", self.rpn_weight, heads.rpn_loss),
-            ("loss_era_twi_roi", self.roi_weight, heads.roi_loss),
-        ):
-            if weight > 0:
-                losses[name] = weight * sum(
-                    w * loss(estimate, step.student)
-                    for w, estimate in zip(weights, cumulative, strict=True)
-                )
+        if self.rpn_weight > 0:
+            loss = self.heads.rpn_loss(estimates, weights, step.student)
+            losses["loss_era_twi_rpn"] = self.rpn_weight * loss
+        if self.roi_weight > 0:
+            loss = self.heads.roi_loss(estimates, weights, step.student)
+            losses["loss_era_twi_roi"] = self.roi_weight * loss
 
     def detector(self, student: GeneralizedRCNN) -> Callable | None:
         """At alpha 0 None (the plain student); above, the blended detector."""

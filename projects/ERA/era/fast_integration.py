@@ -1,0 +1,296 @@
+"""Teacher Weight Integration made cheap: the same losses and gradients as the plain reference, to rounding.
+
+Three facts are used. The RPN's losses look at a few hundred sampled anchors an image, so its 3x3 conv is
+needed at those positions alone. ROIAlign, a 1x1 conv and a fully connected layer are linear, so they can
+be exchanged and multiplied out: with ``e_k = e_0 + sum_j P_j g_j`` the narrow maps ``g_j`` are pooled
+instead of the wide estimates. And the student has pooled ``e_0`` already.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, StandardROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from era.losses import at_least_float32
+from era.mbrnet import FactoredEstimates
+from era.student import Recording
+from era.weight_integration import TeacherHeads
+
+logger = logging.getLogger(__name__)
+
+
+class FastTeacherHeads(TeacherHeads):
+    """The teacher's heads on factored estimates; falls back to :class:`TeacherHeads` part by part.
+
+    Args:
+        rpn, roi_heads, proposals_per_image: as :class:`TeacherHeads`.
+        student_pooler: the student's box pooler; its output on ``e_0`` is reused if it is equal.
+        sparse_rpn: run the RPN head at the sampled positions alone.
+        stacked_roi: one ROI pass for all estimates.
+        fold: multiply the branches' last layers into the head's first fully connected layer where that
+            is less arithmetic.
+
+    The switches are there to measure what each is worth (``tools/benchmark.py``).
+    """
+
+    def __init__(
+        self,
+        rpn: RPN,
+        roi_heads: StandardROIHeads,
+        proposals_per_image: int = 0,
+        *,
+        student_pooler: ROIPooler | None = None,
+        sparse_rpn: bool = True,
+        stacked_roi: bool = True,
+        fold: bool = True,
+    ):
+        super().__init__(rpn, roi_heads, proposals_per_image)
+        self.sparse_rpn = sparse_rpn and knows_rpn_head(rpn)
+        self.stacked_roi = stacked_roi and type(roi_heads.box_predictor) is FastRCNNOutputLayers
+        self.fold = fold and ends_in_fc(roi_heads.box_head)
+        self.reuses_pooling = student_pooler is not None and equal_poolers(
+            student_pooler, roi_heads.box_pooler
+        )
+
+    def describe(self) -> str:
+        """Which paths run, for the log."""
+        rpn = "sparse" if self.sparse_rpn else "dense (reference)"
+        roi = "stacked" if self.stacked_roi else "one by one (reference)"
+        folded = "foldable" if self.stacked_roi and self.fold else "not folded"
+        pooling = "reused" if self.stacked_roi and self.reuses_pooling else "its own"
+        return f"RPN pass {rpn}; ROI pass {roi}, {folded}, e_0's pooling {pooling}"
+
+    def rpn_loss(
+        self, estimates: FactoredEstimates, weights: list[float], step: Recording
+    ) -> Tensor:
+        """As :meth:`TeacherHeads.rpn_loss`, of factored estimates."""
+        if not self.sparse_rpn:
+            return super().rpn_loss(estimates.dense().cumulative(), weights, step)
+        labels = torch.stack(step.anchor_labels)
+        image, anchor = (labels >= 0).nonzero(as_tuple=True)
+        target = labels[image, anchor]
+        hidden, order, slots = self._rpn_hidden(estimates, image, anchor)
+        image, anchor, target = image[order], anchor[order], target[order]
+        head, rows = self.rpn.rpn_head, torch.arange(len(slots), device=slots.device)
+        logits = F.linear(
+            hidden, head.objectness_logits.weight.flatten(1), head.objectness_logits.bias
+        )
+        logits = at_least_float32(logits[:, rows, slots])  # (K, P)
+        deltas = F.linear(hidden, head.anchor_deltas.weight.flatten(1), head.anchor_deltas.bias)
+        deltas = at_least_float32(deltas.unflatten(2, (-1, 4))[:, rows, slots])  # (K, P, 4)
+
+        truth = target.to(logits.dtype).expand_as(logits)
+        objectness = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1)
+        is_object = target == 1
+        image, anchor = image[is_object], anchor[is_object]
+        boxes = Boxes.cat(step.anchors).tensor[anchor]
+        matched = torch.stack(step.anchor_boxes)[image, anchor]
+        scale = self.rpn.loss_weight
+        total = 0.0
+        for weight, own_objectness, own_deltas in zip(
+            weights, objectness, deltas[:, is_object], strict=True
+        ):
+            location = _dense_box_regression_loss(
+                [boxes],
+                self.rpn.box2box_transform,
+                [own_deltas.unsqueeze(0)],
+                [matched],
+                ...,
+                box_reg_loss_type=self.rpn.box_reg_loss_type,
+                smooth_l1_beta=self.rpn.smooth_l1_beta,
+            )
+            total = total + weight * (
+                scale.get("loss_rpn_cls", 1.0) * own_objectness
+                + scale.get("loss_rpn_loc", 1.0) * location
+            )
+        return total / (step.anchors_per_image * len(step.anchor_labels))
+
+    def _rpn_hidden(
+        self, estimates: FactoredEstimates, image: Tensor, anchor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The RPN head's hidden layer for K = N + 1 estimates at P sampled anchors.
+
+        Returns:
+            hidden (K, P, C), after the ReLU; the order in which the anchors were taken (P,), by level;
+            and each anchor's slot at its position (P,).
+        """
+        conv = self.rpn.rpn_head.conv
+        per_position = self.rpn.rpn_head.objectness_logits.out_channels
+        kernel = conv.weight.permute(0, 2, 3, 1)  # (out, 3, 3, in)
+        kernels = [kernel.flatten(1)]
+        for projection in estimates.projections:
+            own = kernel if projection is None else kernel @ projection
+            kernels.append(own.flatten(1))
+        parts, orders, slots, start = [], [], [], 0
+        for level in self.rpn.in_features:
+            height, width = estimates.zeroth[level].shape[-2:]
+            end = start + height * width * per_position
+            order = ((anchor >= start) & (anchor < end)).nonzero(as_tuple=True)[0]
+            position = (anchor[order] - start) // per_position
+            where = image[order], position // width, position % width
+            maps = [estimates.zeroth[level], *(factor[level] for factor in estimates.factors)]
+            parts.append([gather_patches(m, *where).flatten(1) for m in maps])
+            orders.append(order)
+            slots.append((anchor[order] - start) % per_position)
+            start = end
+        patches = [torch.cat(by_level) for by_level in zip(*parts, strict=True)]
+        hidden = [F.linear(patches[0], kernels[0], conv.bias)]
+        for patch, own in zip(patches[1:], kernels[1:], strict=True):
+            hidden.append(hidden[-1] + F.linear(patch, own))
+        return torch.relu(torch.stack(hidden)), torch.cat(orders), torch.cat(slots)
+
+    def roi_loss(
+        self, estimates: FactoredEstimates, weights: list[float], step: Recording
+    ) -> Tensor:
+        """As :meth:`TeacherHeads.roi_loss`, of factored estimates."""
+        if not self.stacked_roi:
+            return super().roi_loss(estimates.dense().cumulative(), weights, step)
+        chosen = self.chosen_rows(step)
+        proposals = [p[rows] for p, rows in zip(step.proposals, chosen, strict=True)]
+        features = self._roi_features(estimates, proposals, chosen, step)
+        predictor = self.roi_heads.box_predictor
+        logits, deltas = (at_least_float32(x) for x in predictor(features.flatten(0, 1)))
+        logits, deltas = (x.unflatten(0, features.shape[:2]) for x in (logits, deltas))
+
+        gt_classes = torch.cat([p.gt_classes for p in proposals])
+        if len(gt_classes) == 0:
+            return logits.sum() * 0
+        boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
+        matched = torch.cat(
+            [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+        )
+        scale = predictor.loss_weight
+        total = 0.0
+        for weight, own_logits, own_deltas in zip(weights, logits, deltas, strict=True):
+            if predictor.use_sigmoid_ce:
+                classes = predictor.sigmoid_cross_entropy_loss(own_logits, gt_classes)
+            else:
+                classes = F.cross_entropy(own_logits, gt_classes)
+            location = predictor.box_reg_loss(boxes, matched, own_deltas, gt_classes)
+            total = total + weight * (
+                scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
+            )
+        return total
+
+    def _roi_features(self, estimates, proposals, chosen, step) -> Tensor:
+        """The box head's output for K = N + 1 estimates on R chosen proposals, (K, R, D)."""
+        heads, levels = self.roi_heads, self.roi_heads.box_in_features
+        boxes = [p.proposal_boxes for p in proposals]
+        if self.reuses_pooling:
+            sizes = [len(p) for p in step.proposals]
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            rows = torch.cat([r + start for r, start in zip(chosen, starts, strict=True)])
+            zeroth = estimates.adapter(step.roi_features[rows])  # a 1x1 conv commutes with pooling
+        else:
+            zeroth = heads.box_pooler([estimates.zeroth[level] for level in levels], boxes)
+        pooled: list[Tensor] = []
+        if estimates.factors:
+            maps = [torch.cat([f[level] for f in estimates.factors], dim=1) for level in levels]
+            widths = [f[levels[0]].shape[1] for f in estimates.factors]
+            pooled = list(heads.box_pooler(maps, boxes).split(widths, dim=1))
+        if not self.fold:
+            stack = [zeroth]
+            for g, projection in zip(pooled, estimates.projections, strict=True):
+                stack.append(stack[-1] + project(g, projection))
+            return heads.box_head(torch.cat(stack)).unflatten(0, (len(stack), len(zeroth)))
+        first, *rest = list(heads.box_head)[1:]  # after the flatten
+        stack = [first(zeroth.flatten(1))]
+        for g, projection in zip(pooled, estimates.projections, strict=True):
+            stack.append(stack[-1] + through_first_layer(g, projection, first))
+        features = torch.stack(stack)
+        for layer in rest:
+            features = layer(features)
+        return features
+
+
+def knows_rpn_head(rpn: RPN) -> bool:
+    """Whether the sparse pass can stand for the RPN's head: one 3x3 conv, ReLU, two 1x1 convs."""
+    head = rpn.rpn_head
+    conv = getattr(head, "conv", None)
+    return (
+        type(head) is StandardRPNHead
+        and isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.padding == (1, 1)
+        and getattr(conv, "norm", None) is None
+        and isinstance(getattr(conv, "activation", None), nn.ReLU)
+    )
+
+
+def ends_in_fc(box_head: nn.Module) -> bool:
+    """Whether a box head is fully connected layers alone, the first right after the pooling."""
+    return (
+        type(box_head) is FastRCNNConvFCHead
+        and len(box_head) > 1
+        and isinstance(box_head[0], nn.Flatten)
+        and isinstance(box_head[1], nn.Linear)
+    )
+
+
+def equal_poolers(own: ROIPooler, other: ROIPooler) -> bool:
+    """Whether two poolers give equal output on equal maps."""
+    same = ("output_size", "min_level", "max_level", "canonical_level", "canonical_box_size")
+    if type(own) is not type(other) or any(getattr(own, k) != getattr(other, k) for k in same):
+        return False
+    return [repr(p) for p in own.level_poolers] == [repr(p) for p in other.level_poolers]
+
+
+def gather_patches(feature_map: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """3x3 patches around positions, zero outside the map, as a conv with padding 1 sees them.
+
+    Args:
+        feature_map: (B, C, H, W).
+        image, y, x: (P,) long each.
+
+    Returns:
+        (P, 9, C), rows first.
+    """
+    height, width = feature_map.shape[-2:]
+    offset = torch.arange(-1, 2, device=y.device)
+    ys = (y[:, None] + offset).repeat_interleave(3, dim=1)  # (P, 9)
+    xs = (x[:, None] + offset).repeat(1, 3)
+    inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
+    patches = feature_map.permute(0, 2, 3, 1)[
+        image[:, None], ys.clamp(0, height - 1), xs.clamp(0, width - 1)
+    ]
+    return patches * inside[..., None].to(patches.dtype)
+
+
+def project(pooled: Tensor, projection: Tensor | None) -> Tensor:
+    """``P_j`` applied to pooled maps: (R, h, S, S) to (R, C, S, S)."""
+    if projection is None:
+        return pooled
+    return F.conv2d(pooled, projection[:, :, None, None])
+
+
+def through_first_layer(pooled: Tensor, projection: Tensor | None, first: nn.Linear) -> Tensor:
+    """The first fully connected layer, without bias, on ``P_j`` of pooled maps; the cheaper way round.
+
+    Args:
+        pooled: ``g_j`` pooled, (R, h, S, S).
+        projection: ``P_j``, (C, h), or None.
+        first: maps C * S * S to D.
+
+    Returns:
+        (R, D).
+    """
+    if projection is None:
+        return F.linear(pooled.flatten(1), first.weight)
+    rows, bins = pooled.shape[0], pooled.shape[2] * pooled.shape[3]
+    wide, narrow = projection.shape
+    out = first.out_features
+    folded_cost = out * bins * narrow * (wide + rows)
+    if folded_cost > rows * bins * wide * (narrow + out):
+        return F.linear(project(pooled, projection).flatten(1), first.weight)
+    # (D, C, S*S) and (C, h) to (D, h, S*S)
+    folded = torch.matmul(projection.T, first.weight.unflatten(1, (wide, bins)))
+    return F.linear(pooled.flatten(1), folded.flatten(1))

@@ -1,0 +1,93 @@
+"""A small distilled run with lively random weights, and its exports, made once a test session."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from era.config import load_config
+from era.deploy import formats, parity
+from era.deploy.export import export
+from era.deploy.source import Source, load_source
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 96
+SMALL = ["INPUT.MIN_SIZE_TEST", SIZE, "INPUT.MAX_SIZE_TEST", 128, "MODEL.DEVICE", "cpu"]
+SMALL += ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 40]
+_folder = tempfile.TemporaryDirectory(prefix="era-deploy-")  # removed when the process ends
+FOLDER = Path(_folder.name)
+
+
+def needs(name: str):
+    """A parameter that is skipped where a format's packages are not installed."""
+    missing = [p for p in formats.RUNTIMES[name] if importlib.util.find_spec(p) is None]
+    return pytest.param(
+        name, marks=pytest.mark.skipif(bool(missing), reason=f"{missing} not installed")
+    )
+
+
+def enliven(model, seed: int) -> None:
+    """Random heads that tell images apart, so that there is something to detect."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head = model.roi_heads.box_predictor
+        head.cls_score.weight.normal_(0, 1.0, generator=draw)
+        head.bbox_pred.weight.normal_(0, 0.02, generator=draw)
+        model.proposal_generator.rpn_head.objectness_logits.weight.normal_(0, 0.5, generator=draw)
+
+
+@functools.cache
+def run() -> Path:
+    """OUTPUT_DIR of a distilled run with its teacher beside it."""
+    torch.manual_seed(0)
+    configs = ROOT / "configs/toy"
+    folder = FOLDER / "run"
+    folder.mkdir()
+    teacher = build_model(load_config(str(configs / "teacher.yaml"), SMALL))
+    enliven(teacher, 1)
+    torch.save({"model": teacher.state_dict()}, FOLDER / "teacher.pth")
+    cfg = load_config(
+        str(configs / "era.yaml"),
+        [*SMALL, "MODEL.TEACHER.CONFIG_FILE", str(configs / "teacher.yaml"),
+         "MODEL.TEACHER.OPTS", SMALL, "MODEL.TEACHER.WEIGHTS", str(FOLDER / "teacher.pth")],
+    )  # fmt: skip
+    model = build_model(cfg)
+    enliven(model.student, 2)
+    with torch.no_grad():
+        for parameter in model.methods.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+@functools.cache
+def source(alpha: int) -> Source:
+    """The run's student with a score threshold above what it finds on an even grey image."""
+    first = load_source(
+        run=str(run()), alpha=alpha, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05]
+    ).predictor()
+    on_nothing = first(parity.blank_images(first.rules)[1]).scores.max(initial=0.05)
+    threshold = float(on_nothing) + 0.01
+    assert any(
+        (first(image).scores > threshold).sum() > 3 for image in parity.sample_images(first.rules)
+    ), "the test's own model must detect something"
+    opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold]
+    return load_source(run=str(run()), alpha=alpha, opts=opts)
+
+
+def exported(name: str, alpha: int = 0) -> tuple[Path, parity.Report]:
+    """A deployment folder of that format, and its parity report."""
+    return _exported(name, alpha)
+
+
+@functools.cache
+def _exported(name: str, alpha: int) -> tuple[Path, parity.Report]:
+    folder = FOLDER / f"{name}-{alpha}"
+    return folder, export(source(alpha), name, str(folder))

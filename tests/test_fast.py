@@ -1,0 +1,271 @@
+"""The fast paths against the plain reference: losses and gradients, in float64 to 1e-10."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import batch, tiny_cfg, tiny_model
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+
+from era.fast_integration import FastTeacherHeads, gather_patches, knows_rpn_head
+from era.losses import mse, residual_mse
+from era.mbrnet import FeatureEstimator, MBRNet
+from era.residual_loss import estimate_distances
+from era.student import record
+from era.weight_integration import TeacherHeads, choose_proposals
+
+WEIGHTS = [1.0, 0.25, 0.125]
+
+# name: (options of the student and of the teacher alike, of the student alone, of MBRNet)
+MODELS = {
+    "default": ([], [], {"norm": "none", "hidden_channels": 4}),
+    "one anchor shape": (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]"], [], {"norm": "none"}),
+    "nine anchor shapes": (
+        ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 20, 24], [32, 36, 40], [48, 52, 56], [64, 72, 80]]"],
+        [], {"norm": "none", "hidden_channels": 4}),
+    "parallel branches": ([], [], {"norm": "none", "accumulated_inputs": False}),
+    "3x3 branches": ([], [], {"norm": "none", "kernel_size": 3, "hidden_channels": 4}),
+    "norm at the end": ([], [], {"norm": "GN"}),
+    "three blocks": ([], [], {"norm": "none", "num_blocks": 3, "hidden_channels": 4}),
+    "no branches": ([], [], {"norm": "none", "num_branches": 0}),
+    "adapter, own projections": (
+        [], ["MODEL.FPN.OUT_CHANNELS", "12"], {"norm": "none", "hidden_channels": 4}),
+    "adapter, shared projection": (
+        [], ["MODEL.FPN.OUT_CHANNELS", "12"],
+        {"norm": "none", "hidden_channels": 4, "shared_up_projection": True}),
+    "another pooler": ([], ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "3"], {"norm": "none"}),
+    "adaptive sampling": (
+        ["MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "0"], [], {"norm": "none", "hidden_channels": 4}),
+    "conv box head": (
+        ["MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.CONV_DIM", "8"], [], {"norm": "none"}),
+    "two RPN convs": (["MODEL.RPN.CONV_DIMS", "[16, 16]"], [], {"norm": "none"}),
+    "smooth L1, class agnostic, sigmoid": (
+        ["MODEL.RPN.SMOOTH_L1_BETA", "0.3", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True",
+         "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", "True", "MODEL.RPN.LOSS_WEIGHT", "0.5"],
+        [], {"norm": "none"}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _float64_objectness(monkeypatch):
+    """Detectron2's RPN makes its labels float32, and with them a float64 loss: keep it float64 here."""
+    original = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def in_the_logits_type(logits, target, **options):
+        return original(logits, target.to(logits.dtype), **options)
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy_with_logits", in_the_logits_type)
+
+
+def setting(case, objects, size=(64, 96)):
+    """Student, teacher, estimator and a recorded step, in float64."""
+    both, own, options = MODELS[case]
+    torch.manual_seed(0)
+    student = build_model(tiny_cfg("plain", *both, *own)).double().train()
+    teacher = build_model(tiny_cfg("plain", *both)).double().eval().requires_grad_(False)
+    for head in (teacher.proposal_generator.rpn_head, teacher.roi_heads):
+        for p in head.parameters():  # far from the tiny initial weights, so that every term counts
+            p.normal_(std=0.2)
+    channels = [m.backbone.output_shape()["p3"].channels for m in (student, teacher)]
+    mbrnet = MBRNet(
+        in_channels=channels[0], out_channels=channels[1], **{"num_branches": 2, **options}
+    )
+    estimator = FeatureEstimator(
+        levels=["p3", "p4", "p5", "p6"],
+        in_channels=channels[0],
+        out_channels=channels[1],
+        mbrnet=mbrnet,
+    ).double()
+    for p in estimator.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    inputs = batch(objects, size=size)
+    student.float()  # Detectron2's NMS knows float32 alone: sample in it, then go on in float64
+    with EventStorage(0), record(student) as step:
+        student(inputs)
+    student.double()
+    step.features = student.backbone(student.preprocess_image(inputs).tensor)
+    step.anchors = [Boxes(a.tensor.double()) for a in step.anchors]
+    step.anchor_boxes = [b.double() for b in step.anchor_boxes]
+    for p in step.proposals:
+        for name in ("proposal_boxes", "gt_boxes"):
+            if p.has(name):
+                p.set(name, Boxes(p.get(name).tensor.double()))
+    maps = [step.features[level] for level in student.roi_heads.box_in_features]
+    step.roi_features = student.roi_heads.box_pooler(
+        maps, [p.proposal_boxes for p in step.proposals]
+    )
+    return student, teacher, estimator, step
+
+
+def gradients(loss, student, estimator):
+    """Of every weight that the loss reaches, 0 where it does not."""
+    parameters = [*student.backbone.parameters(), *estimator.parameters()]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def assert_equal_to_reference(fast, reference, student, estimator):
+    torch.testing.assert_close(fast, reference, rtol=1e-10, atol=1e-12)
+    pairs = zip(
+        gradients(fast, student, estimator), gradients(reference, student, estimator), strict=True
+    )
+    largest = 0.0
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        largest = max(largest, b.abs().max().item())
+    assert largest > 1e-4, "the comparison needs gradients"
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_fast_heads_equal_the_reference(case):
+    student, teacher, estimator, step = setting(case, (2, 3))
+    weights = WEIGHTS[: len(estimator.mbrnet.branches) + 1]
+    parts = (teacher.proposal_generator, teacher.roi_heads, 10)
+    reference = TeacherHeads(*parts)
+    cumulative = estimator(step.features).cumulative()
+    factored = estimator.factored(step.features)
+    fast = FastTeacherHeads(*parts, student_pooler=student.roi_heads.box_pooler)
+    assert fast.sparse_rpn == (case != "two RPN convs")
+    assert fast.fold == (case != "conv box head")
+    assert fast.reuses_pooling == (case != "another pooler")
+    with EventStorage(0):
+        for name in ("rpn_loss", "roi_loss"):
+            assert_equal_to_reference(
+                getattr(fast, name)(factored, weights, step),
+                getattr(reference, name)(cumulative, weights, step),
+                student,
+                estimator,
+            )
+
+
+@pytest.mark.parametrize("switches", itertools.product([True, False], repeat=3))
+def test_every_lever_alone_gives_the_same(switches):
+    sparse, stacked, fold = switches
+    student, teacher, estimator, step = setting("default", (2, 1))
+    parts = (teacher.proposal_generator, teacher.roi_heads)
+    fast = FastTeacherHeads(*parts, sparse_rpn=sparse, stacked_roi=stacked, fold=fold)
+    assert not fast.reuses_pooling
+    factored, cumulative = (
+        estimator.factored(step.features),
+        estimator(step.features).cumulative(),
+    )
+    with EventStorage(0):
+        for name in ("rpn_loss", "roi_loss"):
+            assert_equal_to_reference(
+                getattr(fast, name)(factored, WEIGHTS, step),
+                getattr(TeacherHeads(*parts), name)(cumulative, WEIGHTS, step),
+                student,
+                estimator,
+            )
+
+
+@pytest.mark.parametrize("objects", [(0, 0), (3, 0), (2,)], ids=["none", "half", "one image"])
+def test_images_without_objects_and_one_image(objects):
+    student, teacher, estimator, step = setting("default", objects, size=(50, 70))
+    parts = (teacher.proposal_generator, teacher.roi_heads)
+    fast = FastTeacherHeads(*parts, student_pooler=student.roi_heads.box_pooler)
+    factored, cumulative = (
+        estimator.factored(step.features),
+        estimator(step.features).cumulative(),
+    )
+    with EventStorage(0):
+        for name in ("rpn_loss", "roi_loss"):
+            assert_equal_to_reference(
+                getattr(fast, name)(factored, WEIGHTS, step),
+                getattr(TeacherHeads(*parts), name)(cumulative, WEIGHTS, step),
+                student,
+                estimator,
+            )
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_factors_multiply_out_to_the_residuals(case):
+    _, _, estimator, step = setting(case, (1,))
+    for a, b in zip(
+        estimator.factored(step.features).dense().cumulative(),
+        estimator(step.features).cumulative(),
+        strict=True,
+    ):
+        for level in b:
+            torch.testing.assert_close(a[level], b[level], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_distances_and_their_gradients(projected):
+    """One pass over one buffer equals mse and residual_mse of the wide maps."""
+
+    def rand(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    target, zeroth = rand(2, 6, 4, 5), rand(2, 6, 4, 5)
+    factors = [rand(2, 3 if projected else 6, 4, 5) for _ in range(3)]
+    projections = [rand(6, 3) if projected else None for _ in range(3)]
+    weights = torch.tensor([5.0, 1.0, 0.5, 0.25], dtype=torch.float64)
+
+    estimates, expected = [zeroth], [mse(zeroth, target.detach())]
+    for factor, projection in zip(factors, projections, strict=True):
+        d = factor if projection is None else torch.einsum("ch,bhyx->bcyx", projection, factor)
+        expected.append(residual_mse(d, estimates[-1], target))
+        estimates.append(estimates[-1] + d)
+    expected = torch.stack(expected)
+    found = estimate_distances(zeroth, target, factors, projections)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+    leaves = [zeroth, *factors, *(p for p in projections if p is not None)]
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_distances_of_half_precision_maps(dtype):
+    """Computed in float32; gradients survive float16 although 2 / numel alone would not."""
+    zeroth = torch.randn(1, 64, 200, 200).to(dtype).requires_grad_()
+    factor = torch.randn(1, 8, 200, 200).to(dtype).requires_grad_()
+    projection = torch.randn(64, 8).requires_grad_()
+    values = estimate_distances(zeroth, torch.zeros_like(zeroth), [factor], [projection])
+    assert values.dtype == torch.float32 and values[0].item() == pytest.approx(1.0, rel=0.02)
+    (values.sum() * 65536).backward()  # the loss scale of float16
+    expected = 2 * zeroth.detach().float() / zeroth.numel() * 65536
+    torch.testing.assert_close(zeroth.grad.float(), expected, rtol=0.02, atol=1e-3)
+    assert factor.grad.dtype == dtype and factor.grad.abs().sum() > 0
+    assert projection.grad.dtype == torch.float32
+
+
+def test_patches_are_what_a_padded_conv_sees():
+    feature_map = torch.randn(2, 3, 4, 5)
+    image, y, x = (
+        i.flatten() for i in torch.meshgrid(*map(torch.arange, (2, 4, 5)), indexing="ij")
+    )
+    unfolded = torch.nn.functional.unfold(feature_map, 3, padding=1)  # (B, C * 9, H * W)
+    expected = unfolded.unflatten(1, (3, 9)).permute(0, 3, 2, 1).flatten(0, 1)
+    assert torch.equal(gather_patches(feature_map, image, y, x), expected)
+
+
+@pytest.mark.parametrize(
+    "classes, count, expected",
+    [
+        ([1, 2, 8, 8, 8, 8], 0, [0, 1, 2, 3, 4, 5]),  # 0 = all
+        ([1, 2, 8, 8, 8, 8], 9, [0, 1, 2, 3, 4, 5]),  # more than there are
+        ([1, 2, 8, 8, 8, 8], 3, [0, 2, 3]),  # in proportion
+        ([1, 8, 8, 8, 8, 8, 8, 8], 2, [0, 1]),  # at least one object
+        ([8, 8, 8], 2, [0, 1]),  # no object
+        ([1, 2, 3], 2, [0, 1]),  # no background
+    ],
+)
+def test_choice_of_proposals(classes, count, expected):
+    assert choose_proposals(torch.tensor(classes), 8, count).tolist() == expected
+
+
+def test_heads_that_are_not_known_are_not_taken_for_known():
+    rpn = tiny_model("plain").proposal_generator
+    assert knows_rpn_head(rpn)
+    rpn.rpn_head.conv.norm = torch.nn.BatchNorm2d(16)
+    assert not knows_rpn_head(rpn)
+    assert not knows_rpn_head(SimpleNamespace(rpn_head=torch.nn.Conv2d(1, 1, 3)))
