@@ -31,7 +31,7 @@ SETUP_INPUTS := setup.cfg pyproject.toml constraints.txt tools/install_detectron
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make setup   make .venv and install into it: PyTorch, Detectron2, this package and its tests'
+	@echo 'make setup   make .venv and install into it: PyTorch, Detectron2, this package, its tests and the deployment runtimes'
 	@echo '             (about 3 GB to download, 6 GB on disk; the targets below do it if needed)'
 	@echo 'make demo    see distillation at work on a small generated dataset, on a CPU'
 	@echo 'make test    run the tests'
@@ -62,8 +62,8 @@ endif
 	@$(PIP) install --disable-pip-version-check -c $(CONSTRAINTS) torch torchvision
 	@echo '== setup 2/3: Detectron2 and what it needs'
 	@$(subst -m pip,tools/install_detectron2.py,$(PIP)) --constraint $(CONSTRAINTS)
-	@echo '== setup 3/3: this package and its tests'
-	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	@echo '== setup 3/3: this package, its tests and the deployment runtimes'
+	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev,deploy]'
 	@$(PY) -W ignore -c 'import torch, torchvision, cv2, pycocotools.mask, pytest, detectron2.model_zoo' || \
 	{ echo 'make setup: an installed package fails to import (see above); remove .venv, if you use it, and run make setup again.' >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@

@@ -101,8 +101,12 @@ def test_the_four_ways_between_distilled_and_plain(tmp_path):
         (lambda w: w.pop("roi_heads.box_head.fc1.weight"), ["lacks", "fc1.weight"]),
         (lambda w: w.update({"backbone.fpn_output3.bias": torch.zeros(3)}), ["(3,)", "(16,)"]),
         (lambda w: w.clear(), ["lacks", "more keys"]),
+        (
+            lambda w: w.update({"backbone.bottom_up.res4.9.conv1.weight": torch.zeros(1)}),
+            ["res4.9"],
+        ),
     ],
-    ids=["missing", "shape", "another architecture"],
+    ids=["missing", "shape", "another architecture", "a deeper network's"],
 )
 def test_weights_must_fit_exactly(tmp_path, change, words):
     model = tiny_model("plain")

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections import Counter
 
-import era_runtime
 import numpy as np
 import pytest
 import torch
@@ -15,14 +14,15 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
-from era_runtime import Detections
 
+import era_runtime
 from era.checkpoint import strip_student
 from era.config import load_config
 from era.deploy import export as export_module
 from era.deploy import formats, parity
 from era.deploy.export import export
 from era.errors import UserError
+from era_runtime import Detections
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(p) is None for p in ("onnx", "onnxruntime")),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 
-import era_runtime
 import pytest
 import torch
 from deploy_case import FOLDER, ROOT, exported, run, source
-from era_runtime import DeploymentError
 
+import era_runtime
 from era.checkpoint import strip_student
 from era.deploy.export import export, export_main
 from era.deploy.source import load_source
 from era.errors import UserError
+from era_runtime import DeploymentError
 
 
 def deeper(folder) -> list[str]:

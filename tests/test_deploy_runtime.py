@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import cv2
-import era_runtime
 import numpy as np
 import pytest
 import torch
@@ -18,13 +17,14 @@ from detectron2.data import transforms
 from detectron2.data.detection_utils import read_image as detectron2_read_image
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+import era_runtime
+from era.deploy import evaluate, parity
+from era.errors import UserError
 from era_runtime import DeploymentError
 from era_runtime import predict as predict_module
 from era_runtime.preprocess import InputRules, preprocess, read_image, scale_back
-from PIL import Image
-
-from era.deploy import evaluate, parity
-from era.errors import UserError
 
 # ---- Detectron2's arithmetic, exactly --------------------------------------------------------------
 

@@ -155,6 +155,8 @@ def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
     ]
     misshapen = {key for key, _, _ in wrong.incorrect_shapes}  # these count as missing too
     problems += [f"lacks {key}" for key in wrong.missing_keys if key not in misshapen]
+    # a deeper network's weights fill a shallower one without a gap; only what is left over tells
+    problems += [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
     if problems:
         raise UserError(
             f"{what} {path!r} does not fit the model of its config: it {problems[0]}"

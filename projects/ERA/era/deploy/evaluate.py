@@ -15,9 +15,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from era_runtime import DeploymentError, Predictor, load, read_image
-from era_runtime.manifest import sha256_file
-from era_runtime.results import coco_results
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -28,6 +25,9 @@ from era.deploy.export import add_source_arguments
 from era.deploy.parity import sample_images
 from era.deploy.source import load_source
 from era.errors import UserError
+from era_runtime import DeploymentError, Predictor, load, read_image
+from era_runtime.manifest import sha256_file
+from era_runtime.results import coco_results
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EAGER = "eager"
@@ -148,9 +148,12 @@ def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:
     else:
         name = args.dataset
         config = args.config_file or (os.path.join(args.run, "config.yaml") if args.run else "")
-        config = config or str(manifest.get("source", {}).get("config_file"))
+        opts = list(args.opts)
+        if not config:
+            config = str(manifest.get("source", {}).get("config_file"))
+            opts = [*manifest.get("source", {}).get("opts", []), *opts]
         with contextlib.suppress(UserError):  # no config: --dataset may name one that is built in
-            cfg = load_config(find_config_file(config, what="--config-file"), args.opts)
+            cfg = load_config(find_config_file(config, what="--config-file"), opts)
             register_from_config(cfg)
             name = name or next(iter(cfg.DATASETS.TEST), "")
         if name not in DatasetCatalog:

@@ -14,10 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from era_runtime import DeploymentError, Predictor, load, read_image
-from era_runtime.inputs import image_files
-from era_runtime.manifest import CLASSES, FORMAT_VERSION, MANIFEST, PARITY, sha256_file
-from era_runtime.preprocess import preprocess
 
 import era
 from era.deploy import parity
@@ -25,6 +21,10 @@ from era.deploy.formats import FORMATS, OPSET, RUNTIMES, check_format, write_mod
 from era.deploy.model import refuse_masks, thresholds
 from era.deploy.source import ALPHAS, Source, load_source
 from era.errors import UserError
+from era_runtime import DeploymentError, Predictor, load, read_image
+from era_runtime.inputs import image_files
+from era_runtime.manifest import CLASSES, FORMAT_VERSION, MANIFEST, PARITY, sha256_file
+from era_runtime.preprocess import preprocess
 
 logger = logging.getLogger(__name__)
 

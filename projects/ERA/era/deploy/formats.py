@@ -14,12 +14,12 @@ import torch
 import torchvision
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
-from era_runtime.backends import require
 from torch import Tensor
 
 from era.deploy.model import save_folder
 from era.deploy.source import Source
 from era.errors import UserError
+from era_runtime.backends import require
 
 # With Detectron2's own constant, 11, ROIAlign has no half-pixel offset: the result is silently wrong.
 OPSET = 17

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 import cv2
 import numpy as np
+
 from era_runtime import Detections, Predictor
 from era_runtime.preprocess import InputRules, resized_shape
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
-from era_runtime import Predictor
-from era_runtime.preprocess import InputRules
 from torch import nn
 
 from era.config import load_config, student_config, validate_config
@@ -21,6 +19,8 @@ from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
 from era.errors import UserError
 from era.student import check_student
 from era.trainer import teacher_record
+from era_runtime import Predictor
+from era_runtime.preprocess import InputRules
 
 ALPHAS = (0, 1)
 

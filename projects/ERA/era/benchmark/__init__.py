@@ -1,0 +1,1 @@
+"""What a distillation step costs: ``tools/benchmark.py``."""

@@ -1,0 +1,312 @@
+"""What is measured: models from a config, a synthetic batch, and rows that each do one step of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from era.config import student_config
+from era.distiller import Distiller, check_classes
+from era.errors import UserError
+from era.fast_integration import FastTeacherHeads
+from era.losses import kd_loss, level_mean, mse, residual_mse
+from era.methods import ERA, DistillationStep
+from era.student import check_student, record
+from era.teacher import Teacher, tame_random_weights
+from era.trainer import StepTrainer
+from era.weight_integration import TeacherHeads, check_equal_heads
+
+OBJECTS_PER_IMAGE = 8
+PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor", "feature mimic"
+REFERENCE, FAST = "ERA reference", "ERA fast"
+INFERENCE = "inference: student"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        step: does one step and returns nothing.
+        prepare: brings the models into the row's state; called before every step, its time not counted.
+        base: name of the row that this one is divided by.
+    """
+
+    name: str
+    step: Callable[[], None]
+    prepare: Callable[[], None]
+    base: str = FLOOR
+
+
+@dataclass
+class Plan:
+    """Rows by name, each built when it is asked for, and what a reader must know of them."""
+
+    makers: dict[str, Callable[[], Row]]
+    notes: list[str] = field(default_factory=list)
+
+    def make(self, names: list[str]) -> list[Row]:
+        """The rows of these names, built."""
+        return [self.makers[name]() for name in names]
+
+
+class PlainLossERA(ERA):
+    """ERA with its feature and residual losses by plain autograd on the wide maps ``d_i``, ``e_i``.
+
+    With plain :class:`TeacherHeads` as judges, nothing is factored, sparse or stacked: the reference.
+    """
+
+    def losses(self, step: DistillationStep) -> dict[str, Tensor]:
+        """The losses of :meth:`ERA.losses`, without its statistics."""
+        if isinstance(self.heads, FastTeacherHeads):
+            judged = self.estimator.factored(step.student.features)
+            dense = judged.dense()
+            cumulative = dense.cumulative()
+        else:
+            dense = self.estimator(step.student.features)
+            judged = cumulative = dense.cumulative()
+        levels, targets, losses = self.estimator.levels, step.teacher_features, {}
+        if self.feature_weight > 0:
+            values = [mse(dense.zeroth[level], targets[level]) for level in levels]
+            losses["loss_era_feature"] = self.feature_weight * level_mean(values)
+        if self.residual_weight > 0 and self.scales:
+            total = 0.0
+            for scale, d, e in zip(self.scales, dense.residuals, cumulative[:-1], strict=True):
+                values = [residual_mse(d[level], e[level], targets[level]) for level in levels]
+                total = total + scale * level_mean(values)
+            losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
+        weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
+        if self.rpn_weight > 0:
+            loss = self.heads.rpn_loss(judged, weights, step.student)
+            losses["loss_era_twi_rpn"] = self.rpn_weight * loss
+        if self.roi_weight > 0:
+            loss = self.heads.roi_loss(judged, weights, step.student)
+            losses["loss_era_twi_roi"] = self.roi_weight * loss
+        if self.kd_weight > 0:
+            losses["loss_era_kd"] = self.kd_weight * kd_loss(
+                step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
+            )
+        return losses
+
+
+class Bench:
+    """One student and one teacher with random weights, from which every row is made.
+
+    The rows share both models and the student's optimiser state, and the learning rate is 0, so every
+    repeat of every row does the same arithmetic on the same numbers.
+
+    Args:
+        cfg: a distiller's config, see :func:`era.benchmark.cli.prepare_config`.
+        amp_dtype: type of autocast, None for float32; float16 scales the loss as training does.
+
+    Raises:
+        UserError: student and teacher do not fit together.
+    """
+
+    def __init__(self, cfg: CfgNode, *, amp_dtype: torch.dtype | None = None):
+        self.cfg = cfg
+        self.amp_dtype = amp_dtype
+        self.device = torch.device(cfg.MODEL.DEVICE)
+        torch.manual_seed(0)
+        self.student = build_model(student_config(cfg))
+        check_student(self.student)
+        tame_random_weights(self.student)
+        self.teacher = Teacher(cfg)
+        check_classes(self.student, self.teacher)
+        self._optimizer_state = defaultdict(dict)
+        self.equal_heads = True
+        try:
+            check_equal_heads(self.teacher.model, self.student, reason="equal proposals")
+        except UserError:
+            self.equal_heads = False
+        else:  # so that student, alpha 1 and teacher choose about as many proposals
+            Distiller(student=self.student, teacher=self.teacher).init_student_from_teacher()
+
+    def batch(self, height: int, width: int, images: int) -> list[dict]:
+        """Inputs as Detectron2's mapper makes them: noise, and boxes of 16 pixels to half the image."""
+        generator = torch.Generator().manual_seed(0)
+        size, inputs = torch.tensor([width, height]), []
+        for _ in range(images):
+            share = torch.rand(OBJECTS_PER_IMAGE, 4, generator=generator)
+            extent = 16 + share[:, :2] ** 2 * (size / 2 - 16).clamp(min=0)
+            corner = share[:, 2:] * (size - extent)
+            truth = Instances((height, width))
+            truth.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
+            truth.gt_classes = torch.randint(
+                0, self.teacher.num_classes, (OBJECTS_PER_IMAGE,), generator=generator
+            )
+            pixels = (3, height, width)
+            image = torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8)
+            inputs.append({"image": image, "instances": truth, "height": height, "width": width})
+        return inputs
+
+    def autocast(self):
+        """The context that a forward runs in."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        )
+
+    def method(self, *overrides, kind: type[ERA] = ERA, plain_heads: bool = False, **levers) -> ERA:
+        """An ERA method from the config.
+
+        Args:
+            overrides: ``KEY, VALUE, ...`` below ``MODEL.ERA``.
+            kind: the class.
+            plain_heads: judge with the plain :class:`TeacherHeads`.
+            levers: switches of :class:`FastTeacherHeads`.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        keys = [f"MODEL.ERA.{key}" for key in overrides[::2]]
+        cfg.merge_from_list([x for pair in zip(keys, overrides[1::2], strict=True) for x in pair])
+        torch.manual_seed(1)  # the same branches in every row
+        arguments = kind.from_config(cfg, self.student, self.teacher)
+        if arguments["heads"] is not None and (plain_heads or levers):
+            parts = (
+                self.teacher.model.proposal_generator,
+                self.teacher.model.roi_heads,
+                cfg.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE,
+            )
+            options = {"student_pooler": self.student.roi_heads.box_pooler, **levers}
+            arguments["heads"] = (
+                TeacherHeads(*parts) if plain_heads else FastTeacherHeads(*parts, **options)
+            )
+        return kind(**arguments).to(self.device)
+
+    def training_step(self, model: nn.Module, inputs: list[dict]) -> Callable[[], None]:
+        """One optimiser step of a model as :class:`era.trainer.StepTrainer` does it."""
+        optimizer = build_optimizer(self.cfg, model)
+        optimizer.state = self._optimizer_state  # one momentum a student weight, whatever the rows
+        trainer = StepTrainer(
+            model,
+            itertools.repeat(inputs),
+            optimizer,
+            amp_dtype=self.amp_dtype,
+            device_type=self.device.type,
+        )
+
+        def step() -> None:
+            with EventStorage(0):
+                trainer.run_step()
+
+        return step
+
+    def era_row(self, name: str, inputs: list[dict], method: ERA) -> Row:
+        """A distiller's training step."""
+        methods = nn.ModuleDict({"era": method})
+        model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
+        return Row(name, self.training_step(model, inputs), self._preparation(model, training=True))
+
+    def plain_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
+        """Plain student step, teacher forward, and both one after the other: the floor."""
+        images = self.student.preprocess_image(inputs)
+        with torch.no_grad():
+            maps = self.student.backbone(images.tensor)
+        like = {level: torch.empty(m.shape, device="meta") for level, m in maps.items()}
+        size = tuple(images.tensor.shape[-2:])
+        student_step = self.training_step(self.student, inputs)
+        prepare = self._preparation(self.student, training=True)
+
+        def teacher_step() -> None:
+            with self.autocast():
+                self.teacher.features(inputs, like, size)
+
+        def both() -> None:
+            student_step()
+            teacher_step()
+
+        steps = {PLAIN: student_step, TEACHER: teacher_step, FLOOR: both}
+        return {name: lambda n=name: Row(n, steps[n], prepare) for name in steps}
+
+    def inference_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
+        """Detection of the student, of the student with ERA at alpha 1, and of the teacher."""
+
+        def make(name: str) -> Row:
+            model = {"student": self.student, "teacher": self.teacher}.get(name.split(": ")[1])
+            if model is None:
+                methods = nn.ModuleDict({"era": self.method("ALPHA", 1.0)})
+                model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
+
+            def step() -> None:
+                with torch.no_grad(), self.autocast():
+                    model(inputs)
+
+            return Row(name, step, self._preparation(model, training=False), INFERENCE)
+
+        names = [INFERENCE, "inference: alpha 1", "inference: teacher"]
+        return {name: lambda n=name: make(n) for name in names}
+
+    def sampled(self, inputs: list[dict]) -> tuple[int, int]:
+        """Anchors and proposals that the student's losses look at in one step, over all images."""
+        self.student.train()
+        with torch.no_grad(), EventStorage(0), record(self.student) as recording, self.autocast():
+            self.student(inputs)
+        anchors = sum(int((labels >= 0).sum()) for labels in recording.anchor_labels)
+        return anchors, sum(len(p) for p in recording.proposals)
+
+    def _preparation(self, model: nn.Module, *, training: bool) -> Callable[[], None]:
+        def prepare() -> None:
+            self.student.zero_grad(set_to_none=True)
+            model.train(training)
+            torch.manual_seed(2)  # every row samples the same anchors and proposals
+
+        return prepare
+
+
+def plan(bench: Bench, inputs: list[dict]) -> Plan:
+    """All rows of the main table.
+
+    Levers that the config leaves no room for are left out, with a note.
+    """
+    era = bench.cfg.MODEL.ERA
+    found = Plan(dict(bench.plain_rows(inputs)))
+
+    def add(name: str, *overrides, **options) -> None:
+        found.makers[name] = lambda: bench.era_row(
+            name, inputs, bench.method(*overrides, **options)
+        )
+
+    add(MIMIC, "NUM_BRANCHES", 0, "SCALES", [], "TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0,
+        "KD_WEIGHT", 0.0, "RESIDUAL_WEIGHT", 0.0)  # fmt: skip
+    add(REFERENCE, kind=PlainLossERA, plain_heads=True)
+    add(FAST)
+    if era.TWI.RPN_WEIGHT > 0:
+        add(f"{FAST}, sparse RPN pass off", sparse_rpn=False)
+    if era.TWI.ROI_WEIGHT > 0:
+        add(f"{FAST}, stacked ROI pass off", stacked_roi=False)
+        add(f"{FAST}, folding off", fold=False)
+        add(f"{FAST}, reuse of e_0's pooling off", student_pooler=None)
+        if era.TWI.PROPOSALS_PER_IMAGE > 0:
+            add(f"{FAST}, fewer TWI proposals off", "TWI.PROPOSALS_PER_IMAGE", 0)
+        else:
+            found.notes.append("MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is 0: fewer proposals are off.")
+    if era.HIDDEN_CHANNELS > 0:
+        add(f"{FAST}, narrow branches off", "HIDDEN_CHANNELS", 0)
+    else:
+        found.notes.append("MODEL.ERA.HIDDEN_CHANNELS is 0: narrow branches are off.")
+    add(f"{FAST}, one-pass residual loss off", kind=PlainLossERA)
+    add(f"{FAST}, without TWI RPN loss", "TWI.RPN_WEIGHT", 0.0)
+    add(f"{FAST}, without TWI ROI loss", "TWI.ROI_WEIGHT", 0.0)
+    add(f"{FAST}, without KD loss", "KD_WEIGHT", 0.0)
+    if not bench.method().estimator.mbrnet.is_factored:
+        found.notes.append(
+            "The branches do not end in a 1x1 conv without norm (MODEL.ERA.NORM, KERNEL_SIZE): nothing "
+            "can be folded."
+        )
+    if not bench.equal_heads:
+        found.notes.append(
+            "Student and teacher heads differ in shape and are random: at inference they choose "
+            "different numbers of proposals, so compare those rows with care."
+        )
+    found.makers.update(bench.inference_rows(inputs[:1]))
+    return found
