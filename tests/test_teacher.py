@@ -1,5 +1,7 @@
 """The teacher: preprocessed for itself, aligned with the student's maps, loaded exactly."""
 
+from functools import partial
+
 import pytest
 import torch
 from builders import batch, tiny_cfg, tiny_model
@@ -93,3 +95,19 @@ def test_weights_are_really_loaded(tmp_path):
 def test_random_weights_must_be_meant():
     with pytest.raises(UserError, match="ALLOW_RANDOM"):
         tiny_model("era", "MODEL.TEACHER.ALLOW_RANDOM", "False")
+
+
+def test_channels_last_and_compile_change_no_number(monkeypatch):
+    """Only speed: the same features, the same weights by name, nothing new in the state dict."""
+    # tracing only: generating and compiling C++ takes minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    inputs = batch((1, 1))
+    plain = tiny_model()
+    images = plain.student.preprocess_image(inputs)
+    like = plain.student.backbone(images.tensor)
+    expected = plain.teacher.features(inputs, like, images.tensor.shape[-2:])
+    other = tiny_model("era", "MODEL.TEACHER.CHANNELS_LAST", "True", "MODEL.TEACHER.COMPILE", "True")
+    found = other.teacher.features(inputs, like, images.tensor.shape[-2:])
+    for level, value in expected.items():
+        torch.testing.assert_close(found[level], value, rtol=1e-4, atol=1e-4)
+    assert other.teacher.sha256 == plain.teacher.sha256

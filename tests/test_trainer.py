@@ -272,3 +272,24 @@ def test_own_datasets_are_known_to_the_catalogs(tiny_data, tmp_path):
     trainer_of(cli(tiny_data, tmp_path, config="plain"))
     assert len(DatasetCatalog.get("tiny_val")) == 4
     assert len(MetadataCatalog.get("tiny_val").thing_classes) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_hundred_steps_of_half_precision_stay_finite(dtype):
+    """All losses on, at a learning rate that moves the weights; float16 with its loss scaling."""
+    options = ["MODEL.ERA.KD_WEIGHT", "1.0", "MODEL.TEACHER.CHANNELS_LAST", "True"]
+    model = tiny_model("era", *options).train()
+    trainer = StepTrainer(
+        model,
+        Once(*[batch((2, 1), seed=i % 5) for i in range(100)]),
+        torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9),
+        amp_dtype=dtype,
+        device_type="cpu",
+    )
+    with EventStorage(0) as storage:
+        for trainer.iter in range(100):
+            storage.iter = trainer.iter
+            trainer.run_step()  # raises FloatingPointError for a loss that is not finite
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    history = [value for value, _ in storage.history("total_loss").values()]
+    assert sum(history[-20:]) < sum(history[:20])

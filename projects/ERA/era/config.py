@@ -43,6 +43,11 @@ def add_era_config(cfg: CfgNode) -> None:
     # Permit a teacher with random weights (smoke tests, benchmarks); only read if WEIGHTS is "".
     _C.MODEL.TEACHER.ALLOW_RANDOM = False
 
+    # Speed of the teacher's backbone alone; off because neither measured faster where it was measured
+    # (docs/performance.md). COMPILE needs a C++ compiler.
+    _C.MODEL.TEACHER.CHANNELS_LAST = False
+    _C.MODEL.TEACHER.COMPILE = False
+
     # ---- ERA -----------------------------------------------------------------------------------
     _C.MODEL.ERA = CfgNode()
     # FPN levels on which the student estimates the teacher's features. TWI needs every level that the
@@ -63,6 +68,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # One up-projection U for all branches (True) or one U_i each (False). Only if channels differ.
     _C.MODEL.ERA.SHARED_UP_PROJECTION = False
     _C.MODEL.ERA.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N, weights of the branches' losses
+
+    # Run adapter and MBRNet in training through torch.compile (docs/performance.md).
+    _C.MODEL.ERA.COMPILE = False
 
     # Loss weights; 0 switches a term off, and it is then not computed.
     _C.MODEL.ERA.FEATURE_WEIGHT = 1.0  # w_f: MSE(e_0, F_T)

@@ -29,6 +29,8 @@ class Teacher(nn.Module):
         input_format: channel order that the model expects, ``BGR`` or ``RGB``.
         received_format: channel order of the images that it will be given.
         source: config file and weights as the user named them, for logs and checkpoints.
+        channels_last: memory format of the backbone and its input.
+        compile_backbone: run the backbone through ``torch.compile`` in :meth:`features`.
     """
 
     @configurable
@@ -39,9 +41,17 @@ class Teacher(nn.Module):
         input_format: str,
         received_format: str,
         source: dict[str, str],
+        channels_last: bool = False,
+        compile_backbone: bool = False,
     ):
         super().__init__()
         self.model = model
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        model.backbone.to(memory_format=self.memory_format)
+        # in a tuple: torch.compile's wrapper must not become a submodule and rename the weights
+        self._backbone = (
+            torch.compile(model.backbone, dynamic=True) if compile_backbone else model.backbone,
+        )
         self.flip_channels = input_format != received_format
         self.source = source
         self.requires_grad_(False)
@@ -83,6 +93,8 @@ class Teacher(nn.Module):
             "input_format": formats["teacher"],
             "received_format": formats["student"],
             "source": {"config_file": keys.CONFIG_FILE, "weights": keys.WEIGHTS},
+            "channels_last": keys.CHANNELS_LAST,
+            "compile_backbone": keys.COMPILE,
         }
 
     def train(self, mode: bool = True) -> Teacher:
@@ -141,7 +153,8 @@ class Teacher(nn.Module):
         """
         images = self.preprocess(batched_inputs, *image_size)
         features = {}
-        for level, value in self.model.backbone(images.tensor).items():
+        tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        for level, value in self._backbone[0](tensor).items():
             if level not in like:
                 continue
             height, width = like[level].shape[-2:]

@@ -104,6 +104,12 @@ def measure(
     return list(times.values())
 
 
+def reports(times: Sequence[Times], device: torch.device) -> list[dict]:
+    """Every row's numbers, its ratios to its base included."""
+    by_name = {row.name: row for row in times}
+    return [row.report(by_name.get(row.base), cpu=device.type == "cpu") for row in times]
+
+
 def timed(row: Row, device: torch.device) -> tuple[float, float]:
     """Wall and processor time of one step, seconds."""
     row.prepare()

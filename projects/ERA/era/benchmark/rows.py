@@ -13,14 +13,14 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
+from era.benchmark.reference import PlainLossERA
 from era.config import student_config
 from era.distiller import Distiller, check_classes
 from era.errors import UserError
 from era.fast_integration import FastTeacherHeads
-from era.losses import kd_loss, level_mean, mse, residual_mse
-from era.methods import ERA, DistillationStep
+from era.methods import ERA
 from era.student import check_student, record
 from era.teacher import Teacher, tame_random_weights
 from era.trainer import StepTrainer
@@ -30,6 +30,14 @@ OBJECTS_PER_IMAGE = 8
 PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor", "feature mimic"
 REFERENCE, FAST = "ERA reference", "ERA fast"
 INFERENCE = "inference: student"
+MIMIC_KEYS = (
+    "NUM_BRANCHES", 0,
+    "SCALES", [],
+    "RESIDUAL_WEIGHT", 0.0,
+    "KD_WEIGHT", 0.0,
+    "TWI.RPN_WEIGHT", 0.0,
+    "TWI.ROI_WEIGHT", 0.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,45 +66,6 @@ class Plan:
     def make(self, names: list[str]) -> list[Row]:
         """The rows of these names, built."""
         return [self.makers[name]() for name in names]
-
-
-class PlainLossERA(ERA):
-    """ERA with its feature and residual losses by plain autograd on the wide maps ``d_i``, ``e_i``.
-
-    With plain :class:`TeacherHeads` as judges, nothing is factored, sparse or stacked: the reference.
-    """
-
-    def losses(self, step: DistillationStep) -> dict[str, Tensor]:
-        """The losses of :meth:`ERA.losses`, without its statistics."""
-        if isinstance(self.heads, FastTeacherHeads):
-            judged = self.estimator.factored(step.student.features)
-            dense = judged.dense()
-            cumulative = dense.cumulative()
-        else:
-            dense = self.estimator(step.student.features)
-            judged = cumulative = dense.cumulative()
-        levels, targets, losses = self.estimator.levels, step.teacher_features, {}
-        if self.feature_weight > 0:
-            values = [mse(dense.zeroth[level], targets[level]) for level in levels]
-            losses["loss_era_feature"] = self.feature_weight * level_mean(values)
-        if self.residual_weight > 0 and self.scales:
-            total = 0.0
-            for scale, d, e in zip(self.scales, dense.residuals, cumulative[:-1], strict=True):
-                values = [residual_mse(d[level], e[level], targets[level]) for level in levels]
-                total = total + scale * level_mean(values)
-            losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
-        weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
-        if self.rpn_weight > 0:
-            loss = self.heads.rpn_loss(judged, weights, step.student)
-            losses["loss_era_twi_rpn"] = self.rpn_weight * loss
-        if self.roi_weight > 0:
-            loss = self.heads.roi_loss(judged, weights, step.student)
-            losses["loss_era_twi_roi"] = self.roi_weight * loss
-        if self.kd_weight > 0:
-            losses["loss_era_kd"] = self.kd_weight * kd_loss(
-                step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
-            )
-        return losses
 
 
 class Bench:
@@ -276,8 +245,7 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
             name, inputs, bench.method(*overrides, **options)
         )
 
-    add(MIMIC, "NUM_BRANCHES", 0, "SCALES", [], "TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0,
-        "KD_WEIGHT", 0.0, "RESIDUAL_WEIGHT", 0.0)  # fmt: skip
+    add(MIMIC, *MIMIC_KEYS)
     add(REFERENCE, kind=PlainLossERA, plain_heads=True)
     add(FAST)
     if era.TWI.RPN_WEIGHT > 0:

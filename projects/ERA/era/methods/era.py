@@ -27,6 +27,8 @@ from era.weight_integration import check_equal_heads, check_teacher_heads
 
 logger = logging.getLogger(__name__)
 
+LOG_PERIOD = 20  # iterations between statistics: the period of Detectron2's writers
+
 
 @METHOD_REGISTRY.register()
 class ERA(Method):
@@ -41,6 +43,7 @@ class ERA(Method):
         kd_temperature: ``tau``.
         rpn_weight, roi_weight: weights of the TWI losses; 0 leaves a term out.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
+        compile_estimator: run the estimator in training through ``torch.compile``.
     """
 
     @configurable
@@ -58,9 +61,13 @@ class ERA(Method):
         rpn_weight: float,
         roi_weight: float,
         alpha: float,
+        compile_estimator: bool = False,
     ):
         super().__init__()
         self.estimator = estimator
+        self._factored = estimator.factored
+        if compile_estimator:
+            self._factored = torch.compile(estimator.factored, dynamic=True)
         self.heads = heads
         self.scales = tuple(scales)
         self.feature_weight = feature_weight
@@ -129,6 +136,7 @@ class ERA(Method):
             "rpn_weight": era.TWI.RPN_WEIGHT,
             "roi_weight": era.TWI.ROI_WEIGHT,
             "alpha": era.ALPHA,
+            "compile_estimator": era.COMPILE,
         }
 
     @property
@@ -145,13 +153,13 @@ class ERA(Method):
           e_i (weight s_i / N), against the ground truth;
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
 
-        Puts ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``, i = 0..N, into
-        the event storage: it must fall with i and with training.
+        Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
+        i = 0..N, goes into the event storage: it must fall with training.
         """
         losses = {}
         uses_heads = self.rpn_weight > 0 or self.roi_weight > 0
         if uses_heads or self.feature_weight > 0 or self.residual_weight > 0:
-            estimates = self.estimator.factored(step.student.features)
+            estimates = self._factored(step.student.features)
             self._feature_losses(losses, step, estimates)
             if uses_heads:
                 self._twi_losses(losses, step, estimates)
