@@ -106,7 +106,9 @@ def test_channels_last_and_compile_change_no_number(monkeypatch):
     images = plain.student.preprocess_image(inputs)
     like = plain.student.backbone(images.tensor)
     expected = plain.teacher.features(inputs, like, images.tensor.shape[-2:])
-    other = tiny_model("era", "MODEL.TEACHER.CHANNELS_LAST", "True", "MODEL.TEACHER.COMPILE", "True")
+    other = tiny_model(
+        "era", "MODEL.TEACHER.CHANNELS_LAST", "True", "MODEL.TEACHER.COMPILE", "True"
+    )
     found = other.teacher.features(inputs, like, images.tensor.shape[-2:])
     for level, value in expected.items():
         torch.testing.assert_close(found[level], value, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.HIDDEN_CHANNELS = (
         0  # width between the blocks of a branch; 0 = the student's channels
     )
-    _C.MODEL.ERA.NORM = "BN"  # none, BN, SyncBN or GN, after every conv of a branch
+    _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
     _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
     # Branch i reads F_S + sum_{j<i} B_j(x_j) (True) or F_S (False, parallel branches).
     _C.MODEL.ERA.ACCUMULATED_INPUTS = True
@@ -83,8 +83,9 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.TWI = CfgNode()
     _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
     _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
-    # Of the student's sampled proposals, how many an image the ROI losses of TWI look at; 0 = all.
-    _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 0
+    # Of the student's sampled proposals, how many an image the ROI losses of TWI and the KD loss look
+    # at; 0 = all.
+    _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
     # Let the student's RPN and ROI heads START from the teacher's weights ("inheritance"; it moves
     # AP by itself, so report it apart). Needs heads of equal shape. Not repeated when resuming.
     _C.MODEL.ERA.TWI.INIT_STUDENT = False

@@ -209,9 +209,10 @@ class MBRNet(nn.Module):
         factors: list[Tensor] = []
         for i, hidden in enumerate(stacked.chunk(len(self.branches), dim=1)):
             if self.accumulated_inputs:
-                for j in range(i):
-                    product = weights[i].flatten(1) @ self.branches[j][-1].weight.flatten(1)
-                    hidden = hidden + F.conv2d(factors[j], product[:, :, None, None])
+                earlier = [branch[-1].weight.flatten(1) for branch in self.branches[:i]]
+                if earlier:
+                    product = weights[i].flatten(1) @ torch.cat(earlier, dim=1)
+                    hidden = hidden + F.conv2d(torch.cat(factors, dim=1), product[:, :, None, None])
             factors.append(self.branches[i].hidden(hidden, start=1))
         return factors
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -74,9 +74,7 @@ class TeacherHeads:
             Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings, on the
             first ``proposals_per_image`` proposals, see :func:`choose_proposals`.
         """
-        proposals = [
-            p[rows] for p, rows in zip(step.proposals, self.chosen_rows(step), strict=True)
-        ]
+        proposals, _ = self.chosen(step)
         boxes = [p.proposal_boxes for p in proposals]
         total = 0.0
         for weight, estimate in zip(weights, estimates, strict=True):
@@ -86,12 +84,28 @@ class TeacherHeads:
             total = total + weight * sum(losses.values())
         return total
 
-    def chosen_rows(self, step: Recording) -> list[Tensor]:
-        """Per image, the indices of the proposals that TWI looks at."""
-        return [
-            choose_proposals(p.gt_classes, self.roi_heads.num_classes, self.proposals_per_image)
-            for p in step.proposals
-        ]
+    def chosen(self, step: Recording) -> tuple[list[Instances], Tensor]:
+        """The proposals that the ROI losses look at, and their rows in the student's sample."""
+        return chosen_proposals(
+            step.proposals, self.roi_heads.num_classes, self.proposals_per_image
+        )
+
+
+def chosen_proposals(
+    proposals: list[Instances], num_classes: int, count: int
+) -> tuple[list[Instances], Tensor]:
+    """At most ``count`` of every image's sampled proposals, see :func:`choose_proposals`.
+
+    Returns:
+        The proposals, one an image, and their rows in the concatenation of all of them.
+    """
+    chosen, rows, start = [], [], 0
+    for own in proposals:
+        indices = choose_proposals(own.gt_classes, num_classes, count)
+        chosen.append(own[indices])
+        rows.append(indices + start)
+        start += len(own)
+    return chosen, torch.cat(rows)
 
 
 def choose_proposals(gt_classes: Tensor, num_classes: int, count: int) -> Tensor:

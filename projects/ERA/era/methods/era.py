@@ -23,7 +23,7 @@ from era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
 from era.methods.base import METHOD_REGISTRY, DistillationStep, Method
 from era.residual_loss import estimate_distances
 from era.teacher import Teacher
-from era.weight_integration import check_equal_heads, check_teacher_heads
+from era.weight_integration import check_equal_heads, check_teacher_heads, chosen_proposals
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class ERA(Method):
         kd_temperature: ``tau``.
         rpn_weight, roi_weight: weights of the TWI losses; 0 leaves a term out.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
+        proposals_per_image: of the student's sampled proposals, how many an image the ROI losses of TWI
+            and the KD loss look at; 0 = all.
         compile_estimator: run the estimator in training through ``torch.compile``.
     """
 
@@ -61,6 +63,7 @@ class ERA(Method):
         rpn_weight: float,
         roi_weight: float,
         alpha: float,
+        proposals_per_image: int = 0,
         compile_estimator: bool = False,
     ):
         super().__init__()
@@ -77,6 +80,7 @@ class ERA(Method):
         self.rpn_weight = rpn_weight
         self.roi_weight = roi_weight
         self.alpha = alpha
+        self.proposals_per_image = proposals_per_image
         self._teacher = (
             teacher,
         )  # in a tuple: not a submodule, so never saved, trained or wrapped
@@ -136,6 +140,7 @@ class ERA(Method):
             "rpn_weight": era.TWI.RPN_WEIGHT,
             "roi_weight": era.TWI.ROI_WEIGHT,
             "alpha": era.ALPHA,
+            "proposals_per_image": era.TWI.PROPOSALS_PER_IMAGE,
             "compile_estimator": era.COMPILE,
         }
 
@@ -164,9 +169,7 @@ class ERA(Method):
             if uses_heads:
                 self._twi_losses(losses, step, estimates)
         if self.kd_weight > 0:
-            losses["loss_era_kd"] = self.kd_weight * kd_loss(
-                step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
-            )
+            losses["loss_era_kd"] = self.kd_weight * self._kd_loss(step)
         return losses
 
     def _feature_losses(
@@ -197,6 +200,17 @@ class ERA(Method):
         ]
         for name, value in zip(names, distances.detach().flatten().tolist(), strict=True):
             storage.put_scalar(name, value)
+
+    def _kd_loss(self, step: DistillationStep) -> Tensor:
+        """On all sampled proposals, or on those that TWI looks at (``TWI.PROPOSALS_PER_IMAGE``)."""
+        student_logits = step.student.roi_predictions[0]
+        if self.proposals_per_image == 0:
+            return kd_loss(student_logits, step.teacher_predictions[0], self.kd_temperature)
+        proposals, rows = chosen_proposals(
+            step.student.proposals, self.teacher.num_classes, self.proposals_per_image
+        )
+        teacher_logits, _ = step.teacher.predict_rois(step.teacher_features, proposals)
+        return kd_loss(student_logits[rows], teacher_logits, self.kd_temperature)
 
     def _twi_losses(
         self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates

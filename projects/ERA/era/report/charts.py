@@ -74,9 +74,7 @@ def line_chart(
     for curve in map(thinned, curves):
         keep = np.isfinite(curve.y) & ((curve.y > 0) | (not log))
         if keep.any():
-            shown.append(
-                Curve(curve.name, curve.x[keep], curve.y[keep], curve.look, curve.dash)
-            )
+            shown.append(Curve(curve.name, curve.x[keep], curve.y[keep], curve.look, curve.dash))
     if not shown:
         return ""
     every = np.concatenate([curve.y for curve in shown])

@@ -26,7 +26,9 @@ class Deployed:
     alpha: float
     megabytes: float  # of the files that inference needs, 10^6 bytes
     box_difference: float | None  # largest against eager, pixels, as parity.json says
-    milliseconds: tuple[float, float, float] | None = None  # quartiles of one image; None = not measured
+    milliseconds: tuple[float, float, float] | None = (
+        None  # quartiles of one image; None = not measured
+    )
 
 
 def read_deployed(

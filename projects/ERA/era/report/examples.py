@@ -96,7 +96,9 @@ def compare_pictures(
             width=sizes[example.image_id][0],
             height=sizes[example.image_id][1],
             objects=example.objects,
-            judged=tuple(judge(boxes.get(example.image_id, ()), example.objects) for boxes in found),
+            judged=tuple(
+                judge(boxes.get(example.image_id, ()), example.objects) for boxes in found
+            ),
             lead=example.lead,
             data=data_uri(example.file_name),
         )

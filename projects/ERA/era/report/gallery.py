@@ -57,10 +57,10 @@ def gallery(
 def controls(scored: Sequence[Scored], shown: set[int]) -> str:
     """A button for each kind of box, one for their names, and the slider for the score."""
 
-    def button(target: str, look: str, label: str, pressed: bool, dash: str = "") -> str:
+    def button(target: str, look: str, label: str, pressed: bool) -> str:
         mark = (
             f'<svg class="chip" viewBox="0 0 22 14" aria-hidden="true"><rect class="paper" width="22" '
-            f'height="14" rx="2"/><rect class="stroke {look}" x="3" y="3" width="16" height="8"{dash}/></svg>'
+            f'height="14" rx="2"/><rect class="stroke {look}" x="3" y="3" width="16" height="8"/></svg>'
             if look
             else ""
         )
@@ -71,9 +71,7 @@ def controls(scored: Sequence[Scored], shown: set[int]) -> str:
         )
 
     buttons = [button(TRUTH, "truth", "Ground truth", True)]
-    buttons += [
-        button(f"m{i}", s.look, s.run.label, i in shown) for i, s in enumerate(scored)
-    ]
+    buttons += [button(f"m{i}", s.look, s.run.label, i in shown) for i, s in enumerate(scored)]
     buttons.append(button("names", "", "Names", True))
     return (
         '<div class="controls"><div class="switches" role="group" aria-label="Boxes to show">'
@@ -102,7 +100,11 @@ def card(picture: Picture, scored: Sequence[Scored], classes: Sequence[str], pai
             box_shape(b, f"m{i}", s.look, classes, size, picture, right=right, corner=corner)
             for b, right in pairs
         ]
-        sure = [right for b, right in zip(judged.boxes, judged.right, strict=True) if b.score >= MIN_SCORE]
+        sure = [
+            right
+            for b, right in zip(judged.boxes, judged.right, strict=True)
+            if b.score >= MIN_SCORE
+        ]
         found = sum(sure)
         lines.append(
             f'<li class="m{i}" data-count="m{i}"><span class="who">{escape(s.run.label)}</span>'

@@ -40,7 +40,9 @@ class ReportRun:
     @property
     def inherits(self) -> bool:
         """Whether the student's heads started from the teacher's weights."""
-        return self.cfg.MODEL.META_ARCHITECTURE == "Distiller" and self.cfg.MODEL.ERA.TWI.INIT_STUDENT
+        return (
+            self.cfg.MODEL.META_ARCHITECTURE == "Distiller" and self.cfg.MODEL.ERA.TWI.INIT_STUDENT
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:

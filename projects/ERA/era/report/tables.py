@@ -41,7 +41,9 @@ class Scored:
         return f'{swatch(self.look, self.dash)}<span class="who">{escape(self.run.label)}</span>'
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = ""
+) -> str:
     """A table in a box of its own that scrolls; the cells are HTML already.
 
     Args:
@@ -95,7 +97,7 @@ def headline(scored: Sequence[Scored]) -> str:
         run, ref = s.run, s.reference
         gain = signed(s.gain)
         if ref is not None:
-            gain += f' <small>over {escape(ref.run.label)}</small>'
+            gain += f" <small>over {escape(ref.run.label)}</small>"
         methods = ", ".join(run.methods) if run.role != TEACHER else ""
         seconds = run.step_seconds
         row = [s.name, f"<strong>{number(s.scores.get('AP'))}</strong>", gain]
@@ -170,7 +172,7 @@ def deployment(models: Sequence[Deployed], eager_ms: tuple[float, float, float] 
     head += [f"Relative to {'eager' if eager_ms else 'the first'}", "Largest box difference, px"]
     rows = [["eager (PyTorch)", "float32", NONE, NONE, *times(eager_ms), NONE]] if eager_ms else []
     for m in models:
-        row = [f'{escape(m.format)} <small>{escape(m.folder.name)}</small>', escape(m.precision)]
+        row = [f"{escape(m.format)} <small>{escape(m.folder.name)}</small>", escape(m.precision)]
         row += [number(m.alpha, "g"), number(m.megabytes, ".2f"), *times(m.milliseconds)]
         rows.append([*row, number(m.box_difference, ".1g")])
     if first is None:  # nothing was timed: no columns of dashes
