@@ -58,9 +58,7 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
     _C.MODEL.ERA.NUM_BLOCKS = 2  # conv-norm blocks in a branch, a ReLU between two of them
     _C.MODEL.ERA.KERNEL_SIZE = 1  # of every conv in a branch, pixels of the map; odd
-    _C.MODEL.ERA.HIDDEN_CHANNELS = (
-        0  # width between the blocks of a branch; 0 = the student's channels
-    )
+    _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
     _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
     _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
     # Branch i reads F_S + sum_{j<i} B_j(x_j) (True) or F_S (False, parallel branches).
