@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Standard deviation of the initial conv weights: the official code's N(0, 0.01).
+# Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
+# scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:
+# two layers of 0.01 in a row pass on so little gradient that the branch never starts to learn.
 INIT_STD = 0.01
 
 
@@ -46,7 +48,10 @@ def conv_norm(
         padding=kernel_size // 2,
         bias=bias and norm == "none",
     )
-    nn.init.normal_(conv.weight, std=INIT_STD)
+    if norm == "none" and bias:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    else:
+        nn.init.normal_(conv.weight, std=INIT_STD)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     if norm == "none":
@@ -154,7 +159,9 @@ class MBRNet(nn.Module):
         if in_channels != out_channels and num_branches > 0:
             num_projections = 1 if shared_up_projection else num_branches
         self.up_projections = nn.ModuleList(
-            conv_norm(in_channels, out_channels, 1, "none", bias=False)[0]
+            nn.Conv2d(
+                in_channels, out_channels, 1, bias=False
+            )  # torch's own init, as the official U
             for _ in range(num_projections)
         )
 

@@ -23,6 +23,7 @@ from era.demo.progress import Screen, duration
 from era.demo.runs import Run, make_runs, prepare_folder
 from era.demo.schedule import State, execute
 from era.errors import UserError
+from era.report import demo as report_page
 from era.trainer import check_data
 
 DESCRIPTION = """\
@@ -198,7 +199,7 @@ def finish(
     figures.write_residuals(runs, output / "residuals.png")
     figures.write_ap(rows, output / "ap.png")
     pictures.write_pictures(runs, cfg.DATASETS.TEST[0], output / "pictures")
-    # The HTML report of the runs, report.html, belongs here.
+    report_page.write_demo_report(runs, rows, about["notes"], output)
     return rows
 
 

@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 480, 320  # of the drawing, in its own units; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 46  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 14, 46  # margins around the plot
 MOST_POINTS = 240  # of a curve; longer ones are averaged in groups of neighbours
 
 
@@ -38,8 +38,9 @@ def thinned(curve: Curve) -> Curve:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers, about ``count``, that cover ``low`` to ``high``."""
-    span = high - low if high > low else abs(high) or 1.0
-    raw = span / count
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9)

@@ -16,6 +16,15 @@ from era.report.charts import Curve, line_chart
 from era.report.runs import TEACHER, ReportRun
 from era.report.tables import Scored
 
+EXPLANATION = (
+    '<div class="explain"><h3>How to read the curves</h3><ul>'
+    "<li>The detection loss is the student’s own, on the same terms for every run; what distillation adds "
+    "to it is drawn apart.</li>"
+    "<li>e₀ is the student’s feature map brought to the teacher’s channels; each branch of MBRNet adds a "
+    "step, so e₁, e₂, … should come closer to the teacher’s features F_T, and all should fall with "
+    "training.</li>"
+    "<li>A lower residual is not a higher AP: the result above is what counts.</li></ul></div>"
+)
 TERMS = ("c1", "c4", "c0", "c2", "c3", "c5")  # colours of the loss terms
 STEPS = 6  # colours of the residuals, from light to dark
 
@@ -80,7 +89,7 @@ def verdict(scored: Sequence[Scored], compared: int) -> str:
     tiles = [
         (first.name, tables.number(before), "AP"),
         (second.name, tables.number(after), "AP"),
-        ("Gain", tables.signed(gain), "points of AP"),
+        ("Gain", tables.signed(gain), "points"),
     ]
     teacher = next((s for s in scored if s.run.role == TEACHER), None)
     if teacher is not None:
@@ -89,7 +98,7 @@ def verdict(scored: Sequence[Scored], compared: int) -> str:
         if ceiling > before and math.isfinite(gain):
             part = 100 * gain / (ceiling - before)
             text = tables.number(part, ".0f").replace("-", "−")
-            tiles.append(("Gap to the teacher closed", f"{text} %", "of the way from the baseline"))
+            tiles.append(("Gap to the teacher closed", f"{text} %", "of the way"))
     cells = "".join(
         f"<div><dt>{name}</dt><dd><b>{value}</b> <span>{unit}</span></dd></div>"
         for name, value, unit in tiles
@@ -121,9 +130,10 @@ def training(scored: Sequence[Scored]) -> str:
     evaluations = [_curve(s, [_ap_name(s.run)]) for s in scored]
     if any(len(curve.x) > 1 for curve in evaluations):
         charts.append(line_chart("AP during training", evaluations, y_label="box AP (points)"))
-    for s in scored:
-        charts.append(_terms(s))
-        charts.append(_residuals(s))
+    by_run = [chart for s in scored for chart in (_terms(s), _residuals(s))]
+    if any(by_run):
+        charts.append(EXPLANATION)
+    charts += by_run
     body = "".join(filter(None, charts))
     return f'<div class="charts">{body}</div>' if body else ""
 

@@ -14,7 +14,7 @@
 
   const slider = document.getElementById("threshold");
   const value = document.getElementById("threshold-value");
-  const boxes = [...gallery.querySelectorAll(".box:not(.truth)")];
+  const boxes = [...gallery.querySelectorAll("[data-score]:not(.truth)")];
   const apply = () => {
     const least = Number(slider.value);
     value.textContent = least.toFixed(2);

@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Compare variants on the toy data from several seeds; see --help."""
+
+from pathlib import Path
+
+from era.launch import run_main
+from era.study import main
+
+if __name__ == "__main__":
+    run_main(lambda: main(root=Path(__file__).resolve().parent.parent))
