@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
@@ -145,9 +146,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    level = logging.getLogger("fvcore").level
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    try:
+    with _quiet("fvcore", "era"):  # the run itself will say all of it again
         if args.eval_only:
             build_for_evaluation(cfg, resume=args.resume)
         else:
@@ -155,8 +154,18 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
             has_checkpoint = SafeCheckpointer(model, cfg.OUTPUT_DIR).has_checkpoint()
             if not (args.resume and has_checkpoint):
                 SafeCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+
+
+@contextmanager
+def _quiet(*names: str):
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logging.getLogger("fvcore").setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def check_writable(folder: str) -> None:

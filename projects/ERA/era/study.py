@@ -36,9 +36,9 @@ STUDIES = {
         # "plain_equal_time" follows, with as many iterations as ERA's time allows
     },
     "narrow": {
-        "h64": ("64 hidden channels (full width), all 32 proposals", ERA, (NARROW, "64")),
-        "h32": ("32 hidden channels, all 32 proposals", ERA, (NARROW, "32")),
-        "h16": ("16 hidden channels, all 32 proposals", ERA, (NARROW, "16")),
+        "h64_p32": ("64 hidden channels (full width), 32 proposals", ERA, (NARROW, "64", ALL, "0")),
+        "h32_p32": ("32 hidden channels, 32 proposals", ERA, (NARROW, "32", ALL, "0")),
+        "h16_p32": ("16 hidden channels, 32 proposals", ERA, (NARROW, "16", ALL, "0")),
         "h32_p16": ("32 hidden channels, 16 proposals", ERA, (NARROW, "32", ALL, "16")),
         "h32_p8": ("32 hidden channels, 8 proposals", ERA, (NARROW, "32", ALL, "8")),
     },

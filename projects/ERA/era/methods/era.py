@@ -81,9 +81,8 @@ class ERA(Method):
         self.roi_weight = roi_weight
         self.alpha = alpha
         self.proposals_per_image = proposals_per_image
-        self._teacher = (
-            teacher,
-        )  # in a tuple: not a submodule, so never saved, trained or wrapped
+        # in a tuple: not a submodule, so never saved, trained or wrapped
+        self._teacher = (teacher,)
         uses_heads = rpn_weight > 0 or roi_weight > 0
         if not uses_heads and residual_weight == 0:
             estimator.mbrnet.requires_grad_(False)
@@ -195,6 +194,8 @@ class ERA(Method):
             losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
 
         storage = get_event_storage()
+        if storage.iter % LOG_PERIOD not in (0, LOG_PERIOD - 1):
+            return  # reading numbers makes a GPU wait
         names = [
             f"era/{level}/residual_e{i}" for level in levels for i in range(distances.shape[1])
         ]
