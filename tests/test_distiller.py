@@ -7,6 +7,7 @@ import torch
 from builders import batch, losses_of, tiny_cfg, tiny_model
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks
 from detectron2.utils.events import EventStorage
 
 ZERO = [
@@ -82,6 +83,25 @@ def test_images_of_two_sizes_and_odd_sides():
     inputs = batch((1,), size=(50, 75)) + batch((2,), size=(64, 33), seed=1)
     losses, _ = losses_of(tiny_model(), inputs)
     assert torch.isfinite(sum(losses.values()))
+
+
+def test_a_mask_rcnn_student_keeps_its_masks():
+    """Students are any GeneralizedRCNN with an FPN: the mask loss and the masks are still there."""
+    options = ["MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
+               "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8"]  # fmt: skip
+    model = tiny_model("era", *options)
+    inputs = batch((2, 1))
+    for item in inputs:
+        item["instances"].gt_masks = BitMasks(torch.ones(len(item["instances"]), 64, 64))
+    losses, _ = losses_of(model, inputs)
+    assert {"loss_mask", "loss_era_twi_roi"} <= set(losses)
+    sum(losses.values()).backward()
+    model.eval()
+    for alpha in (0.0, 1.0):
+        model.methods["era"].alpha = alpha
+        with torch.no_grad():
+            found = model(inputs)[0]["instances"]
+        assert len(found) > 0 and found.pred_masks.shape == (len(found), 64, 64)
 
 
 def detections(model, inputs):

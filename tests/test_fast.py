@@ -141,17 +141,16 @@ def test_fast_heads_equal_the_reference(case):
             )
 
 
-@pytest.mark.parametrize("switches", itertools.product([True, False], repeat=3))
-def test_every_lever_alone_gives_the_same(switches):
-    sparse, stacked, fold = switches
-    student, teacher, estimator, step = setting("default", (2, 1))
+def assert_default_equals_reference(objects, size=(64, 96), **options):
+    """The default setting's losses and gradients, fast with these options, against the reference."""
+    student, teacher, estimator, step = setting("default", objects, size)
     parts = (teacher.proposal_generator, teacher.roi_heads)
-    fast = FastTeacherHeads(*parts, sparse_rpn=sparse, stacked_roi=stacked, fold=fold)
-    assert not fast.reuses_pooling
-    factored, cumulative = (
-        estimator.factored(step.features),
-        estimator(step.features).cumulative(),
-    )
+    if options.pop("reuse", True):
+        options["student_pooler"] = student.roi_heads.box_pooler
+    fast = FastTeacherHeads(*parts, **options)
+    assert fast.reuses_pooling == ("student_pooler" in options)
+    factored = estimator.factored(step.features)
+    cumulative = estimator(step.features).cumulative()
     with EventStorage(0):
         for name in ("rpn_loss", "roi_loss"):
             assert_equal_to_reference(
@@ -160,25 +159,24 @@ def test_every_lever_alone_gives_the_same(switches):
                 student,
                 estimator,
             )
+
+
+@pytest.mark.parametrize("switches", itertools.product([True, False], repeat=4))
+def test_every_lever_alone_gives_the_same(switches):
+    names = ("sparse_rpn", "stacked_roi", "fold", "reuse")
+    assert_default_equals_reference((2, 1), **dict(zip(names, switches, strict=True)))
 
 
 @pytest.mark.parametrize("objects", [(0, 0), (3, 0), (2,)], ids=["none", "half", "one image"])
 def test_images_without_objects_and_one_image(objects):
-    student, teacher, estimator, step = setting("default", objects, size=(50, 70))
-    parts = (teacher.proposal_generator, teacher.roi_heads)
-    fast = FastTeacherHeads(*parts, student_pooler=student.roi_heads.box_pooler)
-    factored, cumulative = (
-        estimator.factored(step.features),
-        estimator(step.features).cumulative(),
-    )
-    with EventStorage(0):
-        for name in ("rpn_loss", "roi_loss"):
-            assert_equal_to_reference(
-                getattr(fast, name)(factored, WEIGHTS, step),
-                getattr(TeacherHeads(*parts), name)(cumulative, WEIGHTS, step),
-                student,
-                estimator,
-            )
+    assert_default_equals_reference(objects, size=(50, 70))
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_folded_or_not_the_numbers_are_the_same(pays, monkeypatch):
+    """Whichever way round is less arithmetic at a size, both are right."""
+    monkeypatch.setattr("era.fast_integration.folding_pays", lambda *_: pays)
+    assert_default_equals_reference((2, 1))
 
 
 @pytest.mark.parametrize("case", MODELS)

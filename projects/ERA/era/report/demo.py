@@ -47,6 +47,7 @@ def write_demo_report(
         for row in rows
         if row.parameters is not None and row.image_ms is not None
     }
+    cautions = [note for note in notes if note.startswith("SMOKE RUN")]
     return write_report(
         [run.folder for run in shown],
         output / REPORT,
@@ -55,7 +56,8 @@ def write_demo_report(
         deployed=folders,
         latency=latency or None,
         title="ERA demo: distillation on generated pictures",
-        notes=notes,
+        notes=[note for note in notes if note not in cautions],
+        caution=" ".join(cautions),
         costs=costs,
     )
 

@@ -67,9 +67,11 @@ def page(title: str, subtitle: str, sections: Sequence[Section], *, runs: int) -
     )
 
 
-def result(scored: Sequence[Scored], compared: int | None, notes: Sequence[str]) -> str:
+def result(
+    scored: Sequence[Scored], compared: int | None, notes: Sequence[str], caution: str = ""
+) -> str:
     """The answer in a sentence and a few large numbers, then the table, then how to read it."""
-    parts = []
+    parts = [f'<p class="warning">{escape(caution)}</p>'] if caution else []
     if compared is not None:
         parts.append(verdict(scored, compared))
     parts.append(tables.headline(scored))

@@ -90,8 +90,8 @@ def bar(value: float | None, look: str) -> str:
 def headline(scored: Sequence[Scored]) -> str:
     """One row a run: AP, gain, training and cost."""
     costs = any(s.cost for s in scored)
-    head = ["Run", "AP", "Gain", "AP50", "AP75", "Distilled by", "Inherited", "Iterations"]
-    head += ["ms per training step", *(("Parameters", "ms per image") if costs else ())]
+    head = ["Run", "AP", "Gain", "AP50", "AP75", "Method", "Inherited", "Iterations"]
+    head += ["ms per<br>training step", *(("Parameters", "ms per<br>image") if costs else ())]
     rows = []
     for s in scored:
         run, ref = s.run, s.reference
@@ -172,14 +172,16 @@ def deployment(models: Sequence[Deployed], eager_ms: tuple[float, float, float] 
     head += [f"Relative to {'eager' if eager_ms else 'the first'}", "Largest box difference, px"]
     rows = [["eager (PyTorch)", "float32", NONE, NONE, *times(eager_ms), NONE]] if eager_ms else []
     for m in models:
-        row = [f"{escape(m.format)} <small>{escape(m.folder.name)}</small>", escape(m.precision)]
+        folder = m.folder.name
+        beside = f" <small>{escape(folder)}</small>" if folder != m.format else ""
+        row = [escape(m.format) + beside, escape(m.precision)]
         row += [number(m.alpha, "g"), number(m.megabytes, ".2f"), *times(m.milliseconds)]
-        rows.append([*row, number(m.box_difference, ".1g")])
+        rows.append([*row, _difference(m.box_difference)])
     if first is None:  # nothing was timed: no columns of dashes
         drop = range(4, 7)
         head = [h for i, h in enumerate(head) if i not in drop]
         rows = [[c for i, c in enumerate(row) if i not in drop] for row in rows]
-    return table("Exported models", head, rows)
+    return table("Size and latency of the exported models", head, rows)
 
 
 def settings(scored: Sequence[Scored]) -> str:
@@ -197,7 +199,14 @@ def settings(scored: Sequence[Scored]) -> str:
         row += [f"{solver.MAX_ITER:,d}", solver.IMS_PER_BATCH, f"{solver.BASE_LR:g}"]
         row += [solver.LR_SCHEDULER_NAME, cfg.SEED if cfg.SEED >= 0 else "random"]
         rows.append([s.name, *(escape(str(cell)) for cell in row)])
-    return table("How the runs were made", head, rows)
+    return table("Main settings of each run", head, rows)
+
+
+def _difference(pixels: float | None) -> str:
+    """Eager and an exact export differ by rounding: how much of it is no news."""
+    if pixels is not None and 0 < pixels < 0.001:
+        return "below 0.001"
+    return number(pixels, ".2g")
 
 
 def _inherits(run: ReportRun) -> bool:

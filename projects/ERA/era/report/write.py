@@ -37,6 +37,7 @@ def write_report(
     title: str = "Distillation report",
     pictures: int = PICTURES,
     notes: Sequence[str] = (),
+    caution: str = "",
     costs: Mapping[str, Measurement] | None = None,
 ) -> Path:
     """Write one self-contained HTML file about one or several runs. The same input gives the same bytes.
@@ -50,6 +51,7 @@ def write_report(
         latency: milliseconds of every call, by deployment folder as given, and "eager".
         pictures: how many are shown, at most.
         notes: sentences that a reader of the numbers must know.
+        caution: what a reader must know before the first number; shown above it.
         costs: parameters and seconds an image, by label ("Teacher" for the teacher).
 
     Returns:
@@ -85,13 +87,13 @@ def write_report(
     objects = dataset.objects if dataset is not None else None
     detail = tables.by_size(scored) + tables.by_class(scored, pair, objects)
     sections = [
-        Section("result", "Result", "", page.result(scored, compared, notes)),
+        Section("result", "Result", "", page.result(scored, compared, notes, caution)),
         Section("detail", "AP by object size and class", "", detail),
         Section("training", "Training", "", page.training(scored)),
         Section(
             "pictures",
-            "Pictures in which the outcome changed most" if pair else "Pictures",
-            "",
+            "Pictures",
+            "Those in which the outcome changed most, in both directions." if pair else "",
             gallery_html,
         ),
         Section(
