@@ -1,8 +1,13 @@
 #!/usr/bin/env python3
 """Write one self-contained HTML file about one or several runs."""
 
-from era.launch import run_main
-from era.report.cli import report_main
+import warnings
+
+# Of Detectron2's model zoo; known, and no concern of who reads a report.
+warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+
+from era.launch import run_main  # noqa: E402
+from era.report.cli import report_main  # noqa: E402
 
 if __name__ == "__main__":
     run_main(report_main)
