@@ -46,6 +46,7 @@ what it leaves in --output:
   table.md, results.json           the table, and everything in it for programs
   losses.png, residuals.png, ap.png
   pictures/                        detections side by side; README.md there says how they were chosen
+  deployed/, report.html           the ERA student exported, and all of it on one page
   teacher/, plain/, era/, ...      the runs, each with its log (train.log), metrics.json, checkpoint,
                                    and student/: an ordinary Detectron2 model
 """
@@ -248,6 +249,11 @@ def report(rows: Sequence[table.Row], output: Path, *, seconds: float, fast: boo
         ("residuals.png", "how every branch brings the student closer to the teacher"),
         ("ap.png", "AP at a glance"),
         ("pictures/", "detections of teacher, plain and ERA student side by side"),
+        (
+            "deployed/",
+            "the ERA student as TorchScript, ONNX and OpenVINO, each checked against eager",
+        ),
+        ("report.html", "all of it on one page; open it in a browser"),
         ("era/student/", "the ERA student, an ordinary Detectron2 model, ready for use"),
     ):
         print(f"  {name:<14} {what}")

@@ -42,6 +42,7 @@ PRODUCTS = (
     "residuals.png",
     "ap.png",
     "pictures",
+    "deployed",
 )
 
 NOTHING, HEADS = "nothing", "RPN and ROI heads"
