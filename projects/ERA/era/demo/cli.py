@@ -246,7 +246,7 @@ def report(rows: Sequence[table.Row], output: Path, *, seconds: float, fast: boo
     for name, what in (
         ("table.md", "this table, with how to read it; results.json holds it for programs"),
         ("losses.png", "how the losses fall"),
-        ("residuals.png", "how every branch brings the student closer to the teacher"),
+        ("residuals.png", "how far the student still is from the teacher after every branch"),
         ("ap.png", "AP at a glance"),
         ("pictures/", "detections of teacher, plain and ERA student side by side"),
         (
@@ -256,7 +256,8 @@ def report(rows: Sequence[table.Row], output: Path, *, seconds: float, fast: boo
         ("report.html", "all of it on one page; open it in a browser"),
         ("era/student/", "the ERA student, an ordinary Detectron2 model, ready for use"),
     ):
-        print(f"  {name:<14} {what}")
+        if (output / name).exists():  # without the deployment runtimes nothing is exported
+            print(f"  {name:<14} {what}")
 
 
 def _interrupt(*_) -> None:
