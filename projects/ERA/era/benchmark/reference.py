@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from era.fast_integration import FastTeacherHeads
-from era.losses import kd_loss, level_mean, mse, residual_mse
+from era.losses import level_mean, mse, residual_mse
 from era.methods import ERA, DistillationStep
 
 
@@ -34,15 +34,8 @@ class PlainLossERA(ERA):
                 values = [residual_mse(d[level], e[level], targets[level]) for level in levels]
                 total = total + scale * level_mean(values)
             losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
-        weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
-        if self.rpn_weight > 0:
-            loss = self.heads.rpn_loss(judged, weights, step.student)
-            losses["loss_era_twi_rpn"] = self.rpn_weight * loss
-        if self.roi_weight > 0:
-            loss = self.heads.roi_loss(judged, weights, step.student)
-            losses["loss_era_twi_roi"] = self.roi_weight * loss
+        if self.heads is not None:
+            self._twi_losses(losses, step, judged)
         if self.kd_weight > 0:
-            losses["loss_era_kd"] = self.kd_weight * kd_loss(
-                step.student.roi_predictions[0], step.teacher_predictions[0], self.kd_temperature
-            )
+            losses["loss_era_kd"] = self.kd_weight * self._kd_loss(step)
         return losses
