@@ -80,7 +80,7 @@ def test_generation_leaves_global_random_state_alone(tmp_path):
 
 def test_boxes_are_tight_around_visible_pixels():
     count = 0
-    for index in range(40):
+    for index in range(60):
         image, owner, objects = toy.render(toy.ToySpec(), "train", index)
         assert image.shape == (128, 128, 3) and image.dtype == np.uint8
         assert set(np.unique(owner)) - {-1} == set(range(len(objects)))
