@@ -43,8 +43,8 @@ def add_era_config(cfg: CfgNode) -> None:
     # Permit a teacher with random weights (smoke tests, benchmarks); only read if WEIGHTS is "".
     _C.MODEL.TEACHER.ALLOW_RANDOM = False
 
-    # Speed of the teacher's backbone alone; off because neither measured faster where it was measured
-    # (docs/performance.md). COMPILE needs a C++ compiler.
+    # Speed of the teacher's backbone alone; off until they have measured faster (docs/performance.md).
+    # COMPILE needs a C++ compiler.
     _C.MODEL.TEACHER.CHANNELS_LAST = False
     _C.MODEL.TEACHER.COMPILE = False
 
