@@ -148,7 +148,21 @@ def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
     """
     checkpointer = SafeCheckpointer(model, save_to_disk=False)
     checkpointer.load(path, checkpointables=[])
-    wrong = checkpointer.incompatible
+    problems = misfits(checkpointer.incompatible)
+    if problems:
+        raise UserError(
+            f"{what} {path!r} does not fit the model of its config: it {problems[0]}"
+            f"{f' (and {len(problems) - 1} more keys differ)' if len(problems) > 1 else ''}; expected "
+            "weights of exactly this architecture; give those weights or the config they belong to."
+        )
+
+
+def misfits(wrong) -> list[str]:
+    """What keeps a file from filling a model exactly, one phrase a key; empty if nothing does.
+
+    Args:
+        wrong: :attr:`SafeCheckpointer.incompatible` after a load.
+    """
     problems = [
         f"has {key} of shape {tuple(found)} where the model has {tuple(expected)}"
         for key, found, expected in wrong.incorrect_shapes
@@ -156,13 +170,7 @@ def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
     misshapen = {key for key, _, _ in wrong.incorrect_shapes}  # these count as missing too
     problems += [f"lacks {key}" for key in wrong.missing_keys if key not in misshapen]
     # a deeper network's weights fill a shallower one without a gap; only what is left over tells
-    problems += [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
-    if problems:
-        raise UserError(
-            f"{what} {path!r} does not fit the model of its config: it {problems[0]}"
-            f"{f' (and {len(problems) - 1} more keys differ)' if len(problems) > 1 else ''}; expected "
-            "weights of exactly this architecture; give those weights or the config they belong to."
-        )
+    return problems + [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
 
 
 def strip_student(weights: dict[str, Any]) -> dict[str, Any]:

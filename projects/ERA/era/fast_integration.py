@@ -8,8 +8,6 @@ instead of the wide estimates. And the student has pooled ``e_0`` already.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.poolers import ROIPooler
@@ -23,8 +21,6 @@ from era.losses import at_least_float32
 from era.mbrnet import FactoredEstimates
 from era.student import Recording
 from era.weight_integration import TeacherHeads
-
-logger = logging.getLogger(__name__)
 
 
 class FastTeacherHeads(TeacherHeads):

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from era.config import load_config
-from era.data.coco import register_from_config
 from era.demo.progress import Screen, read_metrics, step_seconds
 from era.demo.runs import HEADS, NOTHING, Run, prepare_folder
 from era.demo.schedule import execute
@@ -172,7 +171,6 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     lock = prepare_folder(output, reuse=args.reuse)
     try:
         cfg = load_config(PLAIN)
-        register_from_config(cfg)
         check_data(cfg, for_training=True)  # makes the toy data once, before all runs
         options = {"jobs": args.jobs, "cores": os.cpu_count() or 1, "reuse": args.reuse}
         execute(runs, screen=Screen(), **options)

@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
+from era.checkpoint import misfits
 from era.config import load_config, student_config, validate_config
 from era.data.coco import register_from_config
 from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
@@ -159,14 +160,7 @@ def load_whole(model: nn.Module, path: str) -> None:
     """
     checkpointer = WholeCheckpointer(model, save_to_disk=False, **teacher_record(model))
     checkpointer.load(path)
-    wrong = checkpointer.incompatible
-    problems = [f"lacks {key}" for key in wrong.missing_keys]
-    problems += [
-        f"has {key} of shape {tuple(found)} where the model has {tuple(expected)}"
-        for key, found, expected in wrong.incorrect_shapes
-    ]
-    # A deeper network holds every weight of a shallower one, so what is left over counts as well.
-    problems += [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
+    problems = misfits(checkpointer.incompatible)
     if hasattr(model, "student") and not any(k.startswith("methods.") for k in checkpointer.keys):
         problems.insert(0, "lacks the MBRNet of a distilled run")
     if problems:
