@@ -91,7 +91,8 @@ def test_rows_and_numbers(result):
     assert rows[FLOOR]["ratio"] == rows[FLOOR]["cpu_ratio"] == rows[INFERENCE]["ratio"] == 1
     assert rows[FLOOR]["cpu_ms"]["min"] > rows[TEACHER]["cpu_ms"]["min"]
     assert rows[FLOOR]["cpu_ms"]["min"] > 0.9 * rows[PLAIN]["cpu_ms"]["min"]
-    assert {row["base"] for row in rows.values()} == {FLOOR, INFERENCE}
+    assert {row["base"] for row in rows.values()} == {FLOOR, INFERENCE, TEACHER}
+    assert f"{FAST}, teacher channels-last on" in rows and not any("compile" in n for n in rows)
 
 
 def test_json_says_where_it_comes_from(result):

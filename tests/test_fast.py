@@ -193,26 +193,28 @@ def test_factors_multiply_out_to_the_residuals(case):
 
 @pytest.mark.parametrize("projected", [True, False])
 def test_distances_and_their_gradients(projected):
-    """One pass over one buffer equals mse and residual_mse of the wide maps."""
+    """Without the wide maps the same as mse and residual_mse on them."""
 
     def rand(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     target, zeroth = rand(2, 6, 4, 5), rand(2, 6, 4, 5)
-    factors = [rand(2, 3 if projected else 6, 4, 5) for _ in range(3)]
-    projections = [rand(6, 3) if projected else None for _ in range(3)]
+    factors = rand(2, 3 * (3 if projected else 6), 4, 5)
+    projection = rand(6, 9) if projected else None
     weights = torch.tensor([5.0, 1.0, 0.5, 0.25], dtype=torch.float64)
 
     estimates, expected = [zeroth], [mse(zeroth, target.detach())]
-    for factor, projection in zip(factors, projections, strict=True):
-        d = factor if projection is None else torch.einsum("ch,bhyx->bcyx", projection, factor)
+    for i, factor in enumerate(factors.chunk(3, dim=1)):
+        d = factor
+        if projected:
+            d = torch.einsum("ch,bhyx->bcyx", projection[:, 3 * i : 3 * i + 3], factor)
         expected.append(residual_mse(d, estimates[-1], target))
         estimates.append(estimates[-1] + d)
     expected = torch.stack(expected)
-    found = estimate_distances(zeroth, target, factors, projections)
+    found = estimate_distances(zeroth, target, factors, projection, 3)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
-    leaves = [zeroth, *factors, *(p for p in projections if p is not None)]
+    leaves = [zeroth, factors, *([projection] if projected else [])]
     for a, b in zip(
         torch.autograd.grad((found * weights).sum(), leaves),
         torch.autograd.grad((expected * weights).sum(), leaves),
@@ -221,13 +223,27 @@ def test_distances_and_their_gradients(projected):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+def test_distances_on_large_maps_are_not_rounded_away():
+    """float32 sums of millions of squares, to 1e-5 (a norm in one go is off by 1e-3 on a CPU)."""
+    zeroth, factors = torch.randn(1, 64, 200, 336), torch.randn(1, 8, 200, 336)
+    projection = torch.randn(64, 8) * 0.1
+    found = estimate_distances(zeroth, torch.zeros_like(zeroth), factors, projection, 2)
+    estimate = zeroth.double()
+    for i in range(3):
+        assert found[i].item() == pytest.approx(estimate.square().mean().item(), rel=1e-5)
+        own = slice(4 * i, 4 * i + 4)
+        if i < 2:
+            d = torch.einsum("ch,bhyx->bcyx", projection[:, own].double(), factors[:, own].double())
+            estimate = estimate + d
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_distances_of_half_precision_maps(dtype):
     """Computed in float32; gradients survive float16 although 2 / numel alone would not."""
     zeroth = torch.randn(1, 64, 200, 200).to(dtype).requires_grad_()
     factor = torch.randn(1, 8, 200, 200).to(dtype).requires_grad_()
     projection = torch.randn(64, 8).requires_grad_()
-    values = estimate_distances(zeroth, torch.zeros_like(zeroth), [factor], [projection])
+    values = estimate_distances(zeroth, torch.zeros_like(zeroth), factor, projection, 1)
     assert values.dtype == torch.float32 and values[0].item() == pytest.approx(1.0, rel=0.02)
     (values.sum() * 65536).backward()  # the loss scale of float16
     expected = 2 * zeroth.detach().float() / zeroth.numel() * 65536

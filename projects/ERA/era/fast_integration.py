@@ -73,9 +73,9 @@ class FastTeacherHeads(TeacherHeads):
             return super().rpn_loss(estimates.dense().cumulative(), weights, step)
         labels = torch.stack(step.anchor_labels)
         image, anchor = (labels >= 0).nonzero(as_tuple=True)
-        target = labels[image, anchor]
         hidden, order, slots = self._rpn_hidden(estimates, image, anchor)
-        image, anchor, target = image[order], anchor[order], target[order]
+        image, anchor = image[order], anchor[order]
+        target = labels[image, anchor]
         head, rows = self.rpn.rpn_head, torch.arange(len(slots), device=slots.device)
         logits = F.linear(
             hidden, head.objectness_logits.weight.flatten(1), head.objectness_logits.bias
@@ -86,14 +86,14 @@ class FastTeacherHeads(TeacherHeads):
 
         truth = target.to(logits.dtype).expand_as(logits)
         objectness = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1)
-        is_object = target == 1
-        image, anchor = image[is_object], anchor[is_object]
+        objects = (target == 1).nonzero(as_tuple=True)[0]
+        image, anchor = image[objects], anchor[objects]
         boxes = Boxes.cat(step.anchors).tensor[anchor]
         matched = torch.stack(step.anchor_boxes)[image, anchor]
         scale = self.rpn.loss_weight
         total = 0.0
         for weight, own_objectness, own_deltas in zip(
-            weights, objectness, deltas[:, is_object], strict=True
+            weights, objectness, deltas[:, objects], strict=True
         ):
             location = _dense_box_regression_loss(
                 [boxes],
@@ -121,28 +121,39 @@ class FastTeacherHeads(TeacherHeads):
         """
         conv = self.rpn.rpn_head.conv
         per_position = self.rpn.rpn_head.objectness_logits.out_channels
+        sizes = [estimates.zeroth[level].shape[-2:] for level in self.rpn.in_features]
+        starts, end = [], 0
+        for height, width in sizes:
+            starts.append(end)
+            end += height * width * per_position
+        bounds = torch.tensor(starts[1:], device=anchor.device)
+        level_of = torch.bucketize(anchor, bounds, right=True)
+        order = level_of.argsort(stable=True)
+        counts = level_of.bincount(
+            minlength=len(sizes)
+        ).tolist()  # one wait for a GPU, not one a level
+        zeroth, factors, slots = [], [], []
+        for level, (_, width), start, own in zip(
+            self.rpn.in_features, sizes, starts, order.split(counts), strict=True
+        ):
+            position = (anchor[own] - start) // per_position
+            where = image[own], position // width, position % width
+            zeroth.append(gather_patches(estimates.zeroth[level], *where))
+            if estimates.num_branches > 0:
+                factors.append(gather_patches(estimates.factors[level], *where))
+            slots.append((anchor[own] - start) % per_position)
         kernel = conv.weight.permute(0, 2, 3, 1)  # (out, 3, 3, in)
-        kernels = [kernel.flatten(1)]
-        for projection in estimates.projections:
-            own = kernel if projection is None else kernel @ projection
-            kernels.append(own.flatten(1))
-        parts, orders, slots, start = [], [], [], 0
-        for level in self.rpn.in_features:
-            height, width = estimates.zeroth[level].shape[-2:]
-            end = start + height * width * per_position
-            order = ((anchor >= start) & (anchor < end)).nonzero(as_tuple=True)[0]
-            position = (anchor[order] - start) // per_position
-            where = image[order], position // width, position % width
-            maps = [estimates.zeroth[level], *(factor[level] for factor in estimates.factors)]
-            parts.append([gather_patches(m, *where).flatten(1) for m in maps])
-            orders.append(order)
-            slots.append((anchor[order] - start) % per_position)
-            start = end
-        patches = [torch.cat(by_level) for by_level in zip(*parts, strict=True)]
-        hidden = [F.linear(patches[0], kernels[0], conv.bias)]
-        for patch, own in zip(patches[1:], kernels[1:], strict=True):
-            hidden.append(hidden[-1] + F.linear(patch, own))
-        return torch.relu(torch.stack(hidden)), torch.cat(orders), torch.cat(slots)
+        hidden = F.linear(torch.cat(zeroth).flatten(1), kernel.flatten(1), conv.bias)[None]
+        if estimates.num_branches > 0:
+            patches = torch.cat(factors).unflatten(2, (estimates.num_branches, -1))  # (P, 9, N, h)
+            patches = patches.permute(2, 0, 1, 3).flatten(2)  # (N, P, 9 * h)
+            if estimates.projection is None:
+                increments = F.linear(patches, kernel.flatten(1))
+            else:
+                own = (kernel @ estimates.projection).unflatten(3, (estimates.num_branches, -1))
+                increments = torch.bmm(patches, own.permute(3, 1, 2, 4, 0).flatten(1, 3))
+            hidden = torch.cat([hidden, increments]).cumsum(0)
+        return torch.relu(hidden), order, torch.cat(slots)
 
     def roi_loss(
         self, estimates: FactoredEstimates, weights: list[float], step: Recording
@@ -163,6 +174,11 @@ class FastTeacherHeads(TeacherHeads):
         matched = torch.cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
+        objects = (gt_classes < predictor.num_classes).nonzero(as_tuple=True)[0]
+        boxes, matched = boxes[objects], matched[objects]
+        deltas = deltas[:, objects].unflatten(2, (-1, matched.shape[1]))  # (K, objects, K or 1, 4)
+        slot = gt_classes[objects] if deltas.shape[2] > 1 else torch.zeros_like(objects)
+        deltas = deltas[:, torch.arange(len(objects), device=objects.device), slot]
         scale = predictor.loss_weight
         total = 0.0
         for weight, own_logits, own_deltas in zip(weights, logits, deltas, strict=True):
@@ -170,7 +186,15 @@ class FastTeacherHeads(TeacherHeads):
                 classes = predictor.sigmoid_cross_entropy_loss(own_logits, gt_classes)
             else:
                 classes = F.cross_entropy(own_logits, gt_classes)
-            location = predictor.box_reg_loss(boxes, matched, own_deltas, gt_classes)
+            location = _dense_box_regression_loss(
+                [boxes],
+                predictor.box2box_transform,
+                [own_deltas.unsqueeze(0)],
+                [matched],
+                ...,
+                box_reg_loss_type=predictor.box_reg_loss_type,
+                smooth_l1_beta=predictor.smooth_l1_beta,
+            ) / len(gt_classes)
             total = total + weight * (
                 scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
             )
@@ -184,52 +208,42 @@ class FastTeacherHeads(TeacherHeads):
             zeroth = estimates.adapter(step.roi_features[rows])  # a 1x1 conv commutes with pooling
         else:
             zeroth = heads.box_pooler([estimates.zeroth[level] for level in levels], boxes)
-        pooled: list[Tensor] = []
-        if estimates.factors:
-            maps = [torch.cat([f[level] for f in estimates.factors], dim=1) for level in levels]
-            widths = [f[levels[0]].shape[1] for f in estimates.factors]
-            pooled = list(heads.box_pooler(maps, boxes).split(widths, dim=1))
+        pooled = None
+        if estimates.num_branches > 0:
+            pooled = heads.box_pooler([estimates.factors[level] for level in levels], boxes)
         if not self.fold:
-            stack = [zeroth]
-            for g, projection in zip(pooled, estimates.projections, strict=True):
-                stack.append(stack[-1] + project(g, projection))
-            return heads.box_head(torch.cat(stack)).unflatten(0, (len(stack), len(zeroth)))
+            stack = zeroth[None]
+            if pooled is not None:
+                stack = torch.cat([stack, projected(pooled, estimates)]).cumsum(0)
+            return heads.box_head(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
         first, *rest = list(heads.box_head)[1:]  # after the flatten
-        stack = [first(zeroth.flatten(1))]
-        for increment in self._through_first_layer(pooled, estimates.projections, first):
-            stack.append(stack[-1] + increment)
-        features = torch.stack(stack)
+        features = first(zeroth.flatten(1))[None]
+        if pooled is not None:
+            increments = self._through_first_layer(pooled, estimates, first)
+            features = torch.cat([features, increments]).cumsum(0)
         for layer in rest:
             features = layer(features)
         return features
 
     def _through_first_layer(
-        self, pooled: list[Tensor], projections: list[Tensor | None], first: nn.Linear
-    ) -> list[Tensor]:
+        self, pooled: Tensor, estimates: FactoredEstimates, first: nn.Linear
+    ) -> Tensor:
         """The first fully connected layer, without its bias, on every ``P_j`` of pooled maps.
 
         Args:
-            pooled: ``g_j`` pooled, (R, h, S, S) each.
-            projections: ``P_j``, (C, h) each, or None.
+            pooled: ``g_1..g_N`` pooled, (R, N * h, S, S).
             first: maps C * S * S to D.
 
         Returns:
-            (R, D) each. ``P_j`` is multiplied into the layer where that is less arithmetic.
+            (N, R, D). ``P_j`` is multiplied into the layer where that is less arithmetic.
         """
-        if not pooled:
-            return []
-        if projections[0] is None or not folding_pays(pooled[0], projections[0], first):
-            return [
-                F.linear(project(g, projection).flatten(1), first.weight)
-                for g, projection in zip(pooled, projections, strict=True)
-            ]
-        count = len(pooled)
+        count, projection = estimates.num_branches, estimates.projection
+        if projection is None or not folding_pays(pooled, projection, first, count):
+            return F.linear(projected(pooled, estimates).flatten(2), first.weight)
         # (N * h, C) times (C, S * S * D) gives every (h * S * S, D) without a copy
-        folded = torch.cat([p.T for p in projections]) @ self._weight_by_channel(
-            first, projections[0].shape[0]
-        )
-        maps = torch.stack([g.flatten(1) for g in pooled])  # (N, R, h * S * S)
-        return list(torch.bmm(maps, folded.view(count, maps.shape[2], first.out_features)))
+        folded = projection.T @ self._weight_by_channel(first, projection.shape[0])
+        maps = pooled.unflatten(1, (count, -1)).flatten(2).transpose(0, 1)  # (N, R, h * S * S)
+        return torch.bmm(maps, folded.view(count, maps.shape[2], first.out_features))
 
     def _weight_by_channel(self, first: nn.Linear, channels: int) -> Tensor:
         """The frozen weight (D, C * S * S) laid out as (C, S * S * D), made once."""
@@ -289,26 +303,49 @@ def gather_patches(feature_map: Tensor, image: Tensor, y: Tensor, x: Tensor) -> 
     ys = (y[:, None] + offset).repeat_interleave(3, dim=1)  # (P, 9)
     xs = (x[:, None] + offset).repeat(1, 3)
     inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
-    row = (image[:, None] * height + ys.clamp(0, height - 1)) * width + xs.clamp(0, width - 1)
-    # rows of channels: on the way back they are added whole, which is several times faster than
-    # adding single elements
-    table = feature_map.permute(0, 2, 3, 1).flatten(0, 2)
-    patches = table.index_select(0, row.flatten()).unflatten(0, row.shape)
+    position = ys.clamp(0, height - 1) * width + xs.clamp(0, width - 1)
+    patches = _Columns.apply(feature_map.flatten(2), image[:, None].expand_as(position), position)
     return patches * inside[..., None].to(patches.dtype)
 
 
-def project(pooled: Tensor, projection: Tensor | None) -> Tensor:
-    """``P_j`` applied to pooled maps: (R, h, S, S) to (R, C, S, S)."""
-    if projection is None:
-        return pooled
-    return F.conv2d(pooled, projection[:, :, None, None])
+class _Columns(torch.autograd.Function):
+    """Columns of maps (B, C, H * W): (..., C) from the image and position of each, both (...).
+
+    The gradient has the layout of the maps, so that it adds up quickly with that of other readers.
+    """
+
+    @staticmethod
+    def forward(ctx, maps, image, position):
+        ctx.save_for_backward(image, position)
+        ctx.shape = maps.shape
+        return maps[image, :, position]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        image, position = ctx.saved_tensors
+        _, channels, size = ctx.shape
+        start = image * (channels * size) + position
+        index = start[..., None] + size * torch.arange(channels, device=start.device)
+        maps = upstream.new_zeros(ctx.shape)
+        maps.view(-1).scatter_add_(0, index.flatten(), upstream.flatten())
+        return maps, None, None
 
 
-def folding_pays(pooled: Tensor, projection: Tensor, first: nn.Linear) -> bool:
+def projected(pooled: Tensor, estimates: FactoredEstimates) -> Tensor:
+    """``d_1..d_N`` pooled, (N, R, C, S, S), from ``g_1..g_N`` pooled, (R, N * h, S, S)."""
+    count, projection = estimates.num_branches, estimates.projection
+    if projection is not None:
+        kernels = torch.cat(projection.chunk(count, dim=1))[:, :, None, None]  # (N * C, h, 1, 1)
+        pooled = F.conv2d(pooled, kernels, groups=count)
+    return pooled.unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def folding_pays(pooled: Tensor, projection: Tensor, first: nn.Linear, count: int) -> bool:
     """Whether multiplying ``P_j`` into the layer is less arithmetic, forward and backward together.
 
     Folded: the product and its gradient cost 2 C h D a bin, the pass over R rows 3 R h D. Otherwise:
     2 R C D for the layer (it is frozen) and about 4 R C h for the projection.
     """
-    (rows, narrow), (wide, _), out = pooled.shape[:2], projection.shape, first.out_features
+    rows, narrow = pooled.shape[0], pooled.shape[1] // count
+    wide, out = projection.shape[0], first.out_features
     return narrow * out * (2 * wide + 3 * rows) < rows * wide * (2 * out + 4 * narrow)

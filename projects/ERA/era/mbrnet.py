@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from era.pointwise import hidden_maps
+
 # Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
 # scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:
 # two layers of 0.01 in a row pass on so little gradient that the branch never starts to learn.
@@ -105,9 +107,14 @@ class Branch(nn.Sequential):
             and last.bias is None
         )
 
-    def hidden(self, x: Tensor, start: int = 0) -> Tensor:
-        """All layers from ``start`` on but the last."""
-        for layer in list(self)[start:-1]:
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a 1x1 conv, a ReLU and a 1x1 conv without norm or bias."""
+        return self.is_factored and len(self) == 3 and self[0].kernel_size == (1, 1)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """All layers but the last."""
+        for layer in list(self)[:-1]:
             x = layer(x)
         return x
 
@@ -170,58 +177,44 @@ class MBRNet(nn.Module):
         """Whether every residual is a projection of hidden maps, see :meth:`projections`."""
         return len(self.branches) > 0 and all(branch.is_factored for branch in self.branches)
 
-    def projections(self) -> list[Tensor | None]:
-        """``P_i`` with ``d_i = P_i g_i``, one a branch: (out_channels, hidden_channels), the product of the
-        branch's last conv and its up-projection; None where the branch ends otherwise and ``g_i = d_i``."""
+    def projection(self) -> Tensor | None:
+        """``[P_1 ... P_N]`` side by side, (out_channels, N * hidden_channels), with ``d_i = P_i g_i``: the
+        product of branch i's last conv and its up-projection; None where a branch ends otherwise."""
         if not self.is_factored:
-            return [None] * len(self.branches)
-        products = []
-        for i, branch in enumerate(self.branches):
-            product = branch[-1].weight.flatten(1)
-            if len(self.up_projections) > 0:
-                up = self.up_projections[i % len(self.up_projections)]
-                product = up.weight.flatten(1) @ product
-            products.append(product)
-        return products
+            return None
+        products = [branch[-1].weight.flatten(1) for branch in self.branches]
+        if len(self.up_projections) > 0:
+            ups = [up.weight.flatten(1) for up in self.up_projections]
+            products = [ups[i % len(ups)] @ product for i, product in enumerate(products)]
+        return torch.cat(products, dim=1)
 
-    def factors(self, features: Tensor) -> list[Tensor]:
-        """``g_1..g_N`` of one level, which :meth:`projections` takes to ``d_1..d_N``.
+    def factors(self, features: Tensor) -> Tensor:
+        """``g_1..g_N`` of one level side by side, which :meth:`projection` takes to ``d_1..d_N``.
 
         Args:
             features: ``F_S``, shape (B, in_channels, H, W).
 
         Returns:
-            N maps of (B, hidden_channels, H, W), or of (B, out_channels, H, W) where there is no ``P_i``.
+            (B, N * hidden_channels, H, W), or (B, N * out_channels, H, W), ``g_i = d_i``, where there is
+            no projection.
         """
         if not self.is_factored:
-            return self(features)
-        if all(branch[0].kernel_size == (1, 1) for branch in self.branches):
-            return self._pointwise_factors(features)
+            return torch.cat(self(features), dim=1)
+        if all(branch.is_pointwise for branch in self.branches):
+            first = [branch[0] for branch in self.branches]
+            weight = torch.cat([conv.weight for conv in first]).flatten(1)
+            mixing = None
+            if self.accumulated_inputs:
+                last = torch.cat([branch[-1].weight for branch in self.branches], dim=1).flatten(1)
+                mixing = weight @ last
+            bias = torch.cat([conv.bias for conv in first])
+            return hidden_maps(features, weight, bias, mixing, len(first))
         factors, branch_input = [], features
         for branch in self.branches:
             factors.append(branch.hidden(branch_input))
             if self.accumulated_inputs:
                 branch_input = branch_input + branch[-1](factors[-1])
-        return factors
-
-    def _pointwise_factors(self, features: Tensor) -> list[Tensor]:
-        """As :meth:`factors`, for branches that begin with a 1x1 conv W_i and end with a 1x1 conv V_j.
-
-        All W_i F_S are one conv; an accumulated input is never made, because
-        W_i (F_S + sum_j V_j h_j) = W_i F_S + sum_j (W_i V_j) h_j, with small matrices W_i V_j.
-        """
-        weights = [branch[0].weight for branch in self.branches]
-        biases = [branch[0].bias for branch in self.branches]
-        stacked = F.conv2d(features, torch.cat(weights), torch.cat(biases))
-        factors: list[Tensor] = []
-        for i, hidden in enumerate(stacked.chunk(len(self.branches), dim=1)):
-            if self.accumulated_inputs:
-                earlier = [branch[-1].weight.flatten(1) for branch in self.branches[:i]]
-                if earlier:
-                    product = weights[i].flatten(1) @ torch.cat(earlier, dim=1)
-                    hidden = hidden + F.conv2d(torch.cat(factors, dim=1), product[:, :, None, None])
-            factors.append(self.branches[i].hidden(hidden, start=1))
-        return factors
+        return torch.cat(factors, dim=1)
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """The residual estimates of one level.
@@ -270,24 +263,30 @@ class FactoredEstimates:
 
     Attributes:
         zeroth: ``e_0``, level name to (B, C_T, H, W).
-        factors: ``[g_1, ..., g_N]``, each a dict level name to (B, h, H, W).
-        projections: ``[P_1, ..., P_N]``, each (C_T, h), or None where ``g_j`` is ``d_j`` itself.
+        factors: ``g_1..g_N`` side by side, level name to (B, N * h, H, W); empty if N is 0.
+        projection: ``P_1..P_N`` side by side, (C_T, N * h), or None where ``g_j`` is ``d_j`` itself.
+        num_branches: N.
         adapter: ``A``, pointwise, with ``e_0 = A(F_S)``.
     """
 
     zeroth: dict[str, Tensor]
-    factors: list[dict[str, Tensor]]
-    projections: list[Tensor | None]
+    factors: dict[str, Tensor]
+    projection: Tensor | None
+    num_branches: int
     adapter: nn.Module
 
     def dense(self) -> Estimates:
         """The same with ``d_j = P_j g_j`` at every position."""
+        by_level = {level: g.chunk(self.num_branches, dim=1) for level, g in self.factors.items()}
+        projections = [None] * self.num_branches
+        if self.projection is not None:
+            projections = self.projection[:, :, None, None].chunk(self.num_branches, dim=1)
         residuals = [
             {
-                level: g if projection is None else F.conv2d(g, projection[:, :, None, None])
-                for level, g in factor.items()
+                level: g[i] if projection is None else F.conv2d(g[i], projection)
+                for level, g in by_level.items()
             }
-            for factor, projection in zip(self.factors, self.projections, strict=True)
+            for i, projection in enumerate(projections)
         ]
         return Estimates(self.zeroth, residuals)
 
@@ -330,12 +329,10 @@ class FeatureEstimator(nn.Module):
     def factored(self, features: Mapping[str, Tensor]) -> FactoredEstimates:
         """As :meth:`forward`, equal to rounding, in factors; what a fast training step uses."""
         zeroth = {level: self.adapter(features[level]) for level in self.levels}
-        by_level = {level: self.mbrnet.factors(features[level]) for level in self.levels}
-        factors = [
-            {level: by_level[level][i] for level in self.levels}
-            for i in range(len(self.mbrnet.branches))
-        ]
-        return FactoredEstimates(zeroth, factors, self.mbrnet.projections(), self.adapter)
+        count, factors = len(self.mbrnet.branches), {}
+        if count > 0:
+            factors = {level: self.mbrnet.factors(features[level]) for level in self.levels}
+        return FactoredEstimates(zeroth, factors, self.mbrnet.projection(), count, self.adapter)
 
     def final(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``e_N`` at every level, for inference with the teacher's heads."""

@@ -1,35 +1,33 @@
-"""ERA's feature and residual losses of one level in one pass over one map; torch alone.
+"""ERA's feature and residual losses of one level without the wide residuals; torch alone.
 
-``MSE(d_i, sg(F_T - e_{i-1}))`` needs the wide map ``d_i`` only to add it to ``r_i = e_i - F_T``: the loss
-is the mean of ``r_i^2`` and its gradient with respect to ``d_i`` is ``2 r_i / numel``. So one buffer ``r``
-runs through the branches, and each branch's gradient is taken while ``r`` stands at ``r_i``. The N wide
-residuals and their targets, which plain autograd keeps for the backward pass, are never stored.
+With ``r_i = e_i - F_T = r_0 + sum_{j<=i} P_j g_j`` branch i's loss is the mean of ``r_i^2``, and its
+gradients are ``P_i^T r_i`` and ``r_i g_i^T`` times ``2 / numel``. All of them follow from the narrow maps
+and from four products with every branch at once: ``P^T r_0``, ``r_0 G^T``, ``G G^T`` and ``P^T P``, where
+``P = [P_1 ... P_N]`` and ``G`` is ``g_1..g_N`` stacked. So neither ``d_i`` nor ``r_i``, i > 0, is ever made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from era.losses import at_least_float32
+
 
 def estimate_distances(
-    zeroth: Tensor,
-    target: Tensor,
-    factors: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
+    zeroth: Tensor, target: Tensor, factors: Tensor | None, projection: Tensor | None, count: int
 ) -> Tensor:
     """``MSE(e_i, F_T)`` for i = 0..N at one level, each with gradient into its newest part alone.
 
-    Value 0 sends gradient into ``zeroth``; value i > 0 into ``factors[i - 1]`` and ``projections[i - 1]``:
-    exactly the gradients of ``MSE(e_0, sg F_T)`` and of ``MSE(d_i, sg(F_T - e_{i-1}))``.
+    Value 0 sends gradient into ``zeroth``; value i > 0 into ``g_i`` and ``P_i``: exactly the gradients of
+    ``MSE(e_0, sg F_T)`` and of ``MSE(d_i, sg(F_T - e_{i-1}))``.
 
     Args:
         zeroth: ``e_0``, shape (B, C, H, W).
         target: ``F_T``, same shape; a constant.
-        factors: ``g_1..g_N``, (B, h, H, W) each.
-        projections: ``P_1..P_N``, (C, h) each, with ``d_i = P_i g_i``; None for ``d_i = g_i``.
+        factors: ``g_1..g_N`` side by side, (B, N * h, H, W); not read if ``count`` is 0.
+        projection: ``P_1..P_N`` side by side, (C, N * h), with ``d_i = P_i g_i``; None for ``d_i = g_i``.
+        count: N.
 
     Returns:
         (N + 1,), float32 or wider.
@@ -41,59 +39,104 @@ def estimate_distances(
         raise ValueError(
             f"shapes differ: estimate {tuple(zeroth.shape)}, target {tuple(target.shape)}"
         )
-    pairs = [x for pair in zip(factors, projections, strict=True) for x in pair]
-    return _Distances.apply(zeroth, target, *pairs)
+    if count == 0:
+        factors = projection = None
+    return _Distances.apply(zeroth, target, factors, projection, count)
 
 
 class _Distances(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zeroth: Tensor, target: Tensor, *pairs: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(zeroth.dtype, torch.float32)
-        remaining = zeroth.to(dtype, copy=True).sub_(target)  # r_0
-        # Gradients are kept without their factor 2 / numel, which float16 could not hold.
-        ctx.scale = 2.0 / max(remaining.numel(), 1)
-        values, gradients = [_mean_square(remaining)], []
-        wants = ctx.needs_input_grad
-        gradients.append(remaining.to(zeroth.dtype, copy=True) if wants[0] else None)
-        flat = remaining.flatten(2)  # (B, C, HW), a view of the running buffer
+    def forward(ctx, zeroth, target, factors, projection, count):
+        ctx.count, size = count, max(zeroth.numel(), 1)
         with torch.autocast(zeroth.device.type, enabled=False):
-            for index in range(0, len(pairs), 2):
-                factor, projection = pairs[index], pairs[index + 1]
-                g = factor.to(dtype).flatten(2)
-                wants_factor, wants_projection = wants[2 + index], wants[3 + index]
-                if projection is None:
-                    flat += g  # r_i
-                    gradients += [
-                        flat.to(factor.dtype, copy=True).view_as(factor) if wants_factor else None,
-                        None,
-                    ]
-                else:
-                    p = projection.to(dtype)
-                    batched = p.expand(flat.shape[0], -1, -1)
-                    torch.baddbmm(flat, batched, g, out=flat)  # r_i
-                    to_factor = to_projection = None
-                    if wants_factor:
-                        to_factor = torch.matmul(p.T, flat)
-                        to_factor = to_factor.view_as(factor).to(factor.dtype)
-                    if wants_projection:
-                        to_projection = torch.bmm(flat, g.transpose(1, 2)).sum(0)
-                        to_projection = to_projection.to(projection.dtype)
-                    gradients += [to_factor, to_projection]
-                values.append(_mean_square(remaining))
-        ctx.save_for_backward(*gradients)
-        return torch.stack(values)
+            remaining = at_least_float32(zeroth) - at_least_float32(target)  # r_0
+            first = _square_sum(remaining)
+            squares, to_projection = first[None], None
+            if count > 0 and projection is None:
+                steps = _wide_steps(remaining, at_least_float32(factors), count)
+                own = torch.stack([_square_sum(r) for r in steps.unbind(1)])
+                squares = torch.cat([squares, own])
+            elif count > 0:
+                changes, to_projection = _changes(
+                    remaining.flatten(2),
+                    at_least_float32(factors).flatten(2),
+                    at_least_float32(projection),
+                    count,
+                )
+                squares = torch.cat([squares, (first + changes).clamp(min=0)])
+        # Gradients are scaled in float32, factor 2 / numel included, which float16 could not hold alone.
+        ctx.save_for_backward(remaining, factors, projection, to_projection)
+        ctx.zeroth_dtype = zeroth.dtype
+        return squares / size
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
-        upstream = upstream * ctx.scale
-        # one value for e_0, then one a branch, for its factor and its projection
-        values = [upstream[0], *(u for u in upstream[1:] for _ in range(2))]
-        scaled = [
-            None if gradient is None else gradient * value.to(gradient.dtype)
-            for gradient, value in zip(ctx.saved_tensors, values, strict=True)
-        ]
-        return scaled[0], None, *scaled[1:]
+    def backward(ctx, upstream):
+        remaining, factors, projection, to_projection = ctx.saved_tensors
+        scales = upstream * (2.0 / max(remaining.numel(), 1))
+        to_zeroth = (remaining * scales[0]).to(ctx.zeroth_dtype)
+        to_factors = None
+        with torch.autocast(remaining.device.type, enabled=False):
+            if factors is not None and projection is None:
+                steps = _wide_steps(remaining, at_least_float32(factors), ctx.count)
+                to_factors = (steps * scales[1:, None, None, None]).flatten(1, 2)
+            elif factors is not None:
+                by_column = scales[1:].repeat_interleave(projection.shape[1] // ctx.count)
+                to_factors = _to_factors(
+                    remaining.flatten(2),
+                    at_least_float32(factors).flatten(2),
+                    at_least_float32(projection),
+                    by_column,
+                    ctx.count,
+                ).view_as(factors)
+                to_projection = (to_projection * by_column).to(projection.dtype)
+        if to_factors is not None:
+            to_factors = to_factors.to(factors.dtype)
+        return to_zeroth, None, to_factors, to_projection, None
 
 
-def _mean_square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x).square() / max(x.numel(), 1)
+def _changes(remaining: Tensor, g: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What ``|r_i|^2`` is beyond ``|r_0|^2``, (N,), and ``r_i g_i^T`` side by side, (C, N * h).
+
+    Args:
+        remaining: ``r_0``, (B, C, H * W).
+        g: (B, N * h, H * W).
+        p: (C, N * h).
+    """
+    width = g.shape[1] // count
+    with_r = torch.bmm(remaining, g.transpose(1, 2)).sum(0)  # r_0 G^T
+    with_g = torch.bmm(g, g.transpose(1, 2)).sum(0)  # G G^T
+    # |r_i|^2 = |r_0|^2 + 2 sum_{j<=i} <r_0, P_j g_j> + sum_{j,k<=i} <P_j g_j, P_k g_k>
+    linear = (with_r * p).sum(0).unflatten(0, (count, width)).sum(1).cumsum(0)
+    blocks = (p.T @ p * with_g).unflatten(0, (count, width)).unflatten(2, (count, width))
+    quadratic = blocks.sum((1, 3)).cumsum(0).cumsum(1).diagonal()
+    # r_i g_i^T = r_0 g_i^T + sum_{j<=i} P_j (g_j g_i^T)
+    branch = torch.arange(count, device=g.device).repeat_interleave(width)
+    is_read = branch[:, None] <= branch  # row: a channel of branch j; column: of branch i
+    return 2 * linear + quadratic, with_r + p @ (with_g * is_read)
+
+
+def _to_factors(remaining: Tensor, g: Tensor, p: Tensor, scales: Tensor, count: int) -> Tensor:
+    """``P_i^T r_i = P_i^T r_0 + sum_{j<=i} (P_i^T P_j) g_j`` side by side, times a scale a channel.
+
+    Args:
+        remaining, g, p: as in :func:`_changes`.
+        scales: (N * h,).
+    """
+    batch, width = g.shape[0], g.shape[1] // count
+    scaled = p.T * scales[:, None]
+    gram = scaled @ p
+    found = torch.bmm(scaled.expand(batch, -1, -1), remaining)
+    for i in range(count):  # branch i reads those up to itself
+        rows, columns = slice(i * width, (i + 1) * width), slice(0, (i + 1) * width)
+        found[:, rows].baddbmm_(gram[rows, columns].expand(batch, -1, -1), g[:, columns])
+    return found
+
+
+def _wide_steps(remaining: Tensor, d: Tensor, count: int) -> Tensor:
+    """``r_1..r_N``, (B, N, C, H, W), from ``d_1..d_N`` side by side, (B, N * C, H, W)."""
+    return d.unflatten(1, (count, -1)).cumsum(1).add_(remaining[:, None])
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    # by rows first: a norm over millions of float32 elements in one go is off by a thousandth on a CPU
+    return torch.linalg.vector_norm(x, dim=-1).square().sum()

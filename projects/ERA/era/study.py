@@ -34,12 +34,12 @@ STUDIES = {
         "era": ("ERA", ERA, ()),
         # "plain_equal_time" follows, with as many iterations as ERA's time allows
     },
-    "narrow": {
-        "h64_p32": ("64 hidden channels (full width), 32 proposals", ERA, (NARROW, "64", ALL, "0")),
-        "h32_p32": ("32 hidden channels, 32 proposals", ERA, (NARROW, "32", ALL, "0")),
-        "h16_p32": ("16 hidden channels, 32 proposals", ERA, (NARROW, "16", ALL, "0")),
-        "h32_p16": ("32 hidden channels, 16 proposals", ERA, (NARROW, "32", ALL, "16")),
-        "h32_p8": ("32 hidden channels, 8 proposals", ERA, (NARROW, "32", ALL, "8")),
+    "narrow": {  # the same fractions of channels and proposals as 256 and 512 in a COCO model
+        "h64_p32": ("64 of 64 hidden channels, 32 of 32 proposals", ERA, (NARROW, "64", ALL, "0")),
+        "h16_p32": ("16 of 64, 32 of 32", ERA, (NARROW, "16", ALL, "0")),
+        "h8_p32": ("8 of 64, 32 of 32", ERA, (NARROW, "8", ALL, "0")),
+        "h16_p8": ("16 of 64, 8 of 32", ERA, (NARROW, "16", ALL, "8")),
+        "h8_p8": ("8 of 64, 8 of 32", ERA, (NARROW, "8", ALL, "8")),
     },
     "parts": {
         "mimic": ("feature mimic alone", ERA, (*NO_BRANCHES, *NO_TWI)),

@@ -86,26 +86,27 @@ class TeacherHeads:
 
     def chosen(self, step: Recording) -> tuple[list[Instances], Tensor]:
         """The proposals that the ROI losses look at, and their rows in the student's sample."""
-        return chosen_proposals(
-            step.proposals, self.roi_heads.num_classes, self.proposals_per_image
-        )
+        return chosen_proposals(step, self.roi_heads.num_classes, self.proposals_per_image)
 
 
 def chosen_proposals(
-    proposals: list[Instances], num_classes: int, count: int
+    step: Recording, num_classes: int, count: int
 ) -> tuple[list[Instances], Tensor]:
-    """At most ``count`` of every image's sampled proposals, see :func:`choose_proposals`.
+    """At most ``count`` of every image's sampled proposals, see :func:`choose_proposals`; chosen once a
+    step, whoever asks.
 
     Returns:
         The proposals, one an image, and their rows in the concatenation of all of them.
     """
-    chosen, rows, start = [], [], 0
-    for own in proposals:
-        indices = choose_proposals(own.gt_classes, num_classes, count)
-        chosen.append(own[indices])
-        rows.append(indices + start)
-        start += len(own)
-    return chosen, torch.cat(rows)
+    if count not in step.chosen:
+        chosen, rows, start = [], [], 0
+        for own in step.proposals:
+            indices = choose_proposals(own.gt_classes, num_classes, count)
+            chosen.append(own[indices])
+            rows.append(indices + start)
+            start += len(own)
+        step.chosen[count] = chosen, torch.cat(rows)
+    return step.chosen[count]
 
 
 def choose_proposals(gt_classes: Tensor, num_classes: int, count: int) -> Tensor:
@@ -123,16 +124,17 @@ def choose_proposals(gt_classes: Tensor, num_classes: int, count: int) -> Tensor
         (min(R, count),) long, ascending.
     """
     total = gt_classes.shape[0]
-    indices = torch.arange(total, device=gt_classes.device)
     if count == 0 or count >= total:
-        return indices
+        return torch.arange(total, device=gt_classes.device)
+    # a stable sort: foreground first, each part in its own order
     is_background = gt_classes == num_classes
-    foreground, background = indices[~is_background], indices[is_background]
-    kept = round(count * len(foreground) / total)
-    if len(foreground) > 0:
+    order = is_background.to(torch.uint8).argsort(stable=True)
+    foreground = total - int(is_background.sum())
+    kept = round(count * foreground / total)
+    if foreground > 0:
         kept = max(kept, 1)
-    kept = min(max(kept, count - len(background)), len(foreground))
-    return torch.cat([foreground[:kept], background[: count - kept]])
+    kept = min(max(kept, count - (total - foreground)), foreground)
+    return torch.cat([order[:kept], order[foreground : foreground + count - kept]])
 
 
 def rpn_predictions(rpn: RPN, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

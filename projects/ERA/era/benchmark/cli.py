@@ -7,7 +7,9 @@ import fnmatch
 import json
 import logging
 import multiprocessing
+import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from detectron2.config import CfgNode
 from era.benchmark import report
 from era.benchmark.grow import grow
 from era.benchmark.measure import measure, profile_rows, progress, reports, resident_growth
-from era.benchmark.rows import FAST, FLOOR, INFERENCE, Bench, plan
+from era.benchmark.rows import COMPILE, FAST, FLOOR, INFERENCE, TEACHER, Bench, base_of, plan
 from era.config import load_config, validate_config
 from era.errors import UserError
 
@@ -86,6 +88,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
     add("--memory", action="store_true", help="on a CPU, measure peak memory too: growth of the "
         "resident set of a process of its own for every row; slow")  # fmt: skip
+    add("--compile", action="store_true", help="also the rows with torch.compile, whose first step takes "
+        "minutes; needs a C++ compiler")  # fmt: skip
     add("--grow", action="store_true", help="also tables over N = 1, 2, 4, 8, image size and batch")
     add("--grow-sizes", default=",".join(SIZES), metavar="HxW,...", help="default: %(default)s")
     add("--profile", metavar="FILE", help="write a torch profile of one floor and one ERA step")
@@ -107,6 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, path in {"--json": args.json, "--profile": args.profile}.items():
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{flag} is {path}, whose folder does not exist: make it first.")
+    if args.compile and not any(
+        map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    ):
+        raise UserError(
+            "--compile needs a C++ compiler, and neither CXX, c++, g++ nor clang++ is here: install one."
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     cfg, notes = prepare_config(options)
@@ -117,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(cfg, amp_dtype=PRECISIONS[options.precision])
     inputs = bench.batch(options.height, options.width, options.images)
     planned = plan(bench, inputs)
-    names = choose(list(planned.makers), args.rows)
-    bases = [INFERENCE if name.startswith("inference") else FLOOR for name in names]
+    names = choose([n for n in planned.makers if args.compile or COMPILE not in n], args.rows)
+    bases = [base_of(name) for name in names]
     names = [n for n in planned.makers if n in names or n in bases]
     anchors, proposals = bench.sampled(inputs)
     era = cfg.MODEL.ERA
@@ -149,7 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress("", None)
     result["rows"] = reports(times, device)
     print(report.markdown(result["rows"], base="base"))
-    print(f"\nBase of the ratios: `{FLOOR}`; of the inference rows, `{INFERENCE}`.", flush=True)
+    print(
+        f"\nBase of the ratios: `{FLOOR}`; of the inference rows, `{INFERENCE}`; of the teacher's "
+        f"switches, `{TEACHER}`.",
+        flush=True,
+    )
     if args.profile:
         rows = planned.make([FLOOR, FAST])
         Path(args.profile).write_text(profile_rows(rows, device), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +31,8 @@ OBJECTS_PER_IMAGE = 8
 PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor", "feature mimic"
 REFERENCE, FAST = "ERA reference", "ERA fast"
 INFERENCE = "inference: student"
+CHANNELS_LAST, COMPILE = "channels-last", "torch.compile"
+TEACHER_OPTIONS = {CHANNELS_LAST: {"channels_last": True}, COMPILE: {"compile_backbone": True}}
 MIMIC_KEYS = (
     "NUM_BRANCHES", 0,
     "SCALES", [],
@@ -47,13 +50,23 @@ class Row:
     Attributes:
         step: does one step and returns nothing.
         prepare: brings the models into the row's state; called before every step, its time not counted.
-        base: name of the row that this one is divided by.
     """
 
     name: str
     step: Callable[[], None]
     prepare: Callable[[], None]
-    base: str = FLOOR
+
+    @property
+    def base(self) -> str:
+        """Name of the row that this one is divided by."""
+        return base_of(self.name)
+
+
+def base_of(name: str) -> str:
+    """Name of the row that a row of this name is divided by."""
+    if name.startswith("inference"):
+        return INFERENCE
+    return TEACHER if name.startswith(f"{TEACHER}, ") else FLOOR
 
 
 @dataclass
@@ -170,14 +183,27 @@ class Bench:
 
         return step
 
-    def era_row(self, name: str, inputs: list[dict], method: ERA) -> Row:
+    def other_teacher(self, **options: bool) -> Teacher:
+        """A copy of the teacher with other speed options, see :class:`era.teacher.Teacher`."""
+        return Teacher(
+            model=copy.deepcopy(self.teacher.model),
+            input_format="BGR",
+            received_format="RGB" if self.teacher.flip_channels else "BGR",
+            source=self.teacher.source,
+            **options,
+        )
+
+    def era_row(
+        self, name: str, inputs: list[dict], method: ERA, teacher: Teacher | None = None
+    ) -> Row:
         """A distiller's training step."""
         methods = nn.ModuleDict({"era": method})
-        model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
+        model = Distiller(student=self.student, teacher=teacher or self.teacher, methods=methods)
         return Row(name, self.training_step(model, inputs), self._preparation(model, training=True))
 
     def plain_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
-        """Plain student step, teacher forward, and both one after the other: the floor."""
+        """Plain student step, teacher forward, and both one after the other: the floor. And the teacher
+        forward with each speed option of ``MODEL.TEACHER``."""
         images = self.student.preprocess_image(inputs)
         with torch.no_grad():
             maps = self.student.backbone(images.tensor)
@@ -186,16 +212,28 @@ class Bench:
         student_step = self.training_step(self.student, inputs)
         prepare = self._preparation(self.student, training=True)
 
-        def teacher_step() -> None:
-            with self.autocast():
-                self.teacher.features(inputs, like, size)
+        def teacher_step(teacher: Teacher) -> Callable[[], None]:
+            def step() -> None:
+                with self.autocast():
+                    teacher.features(inputs, like, size)
+
+            return step
+
+        forward = teacher_step(self.teacher)
 
         def both() -> None:
             student_step()
-            teacher_step()
+            forward()
 
-        steps = {PLAIN: student_step, TEACHER: teacher_step, FLOOR: both}
-        return {name: lambda n=name: Row(n, steps[n], prepare) for name in steps}
+        def other(key: str) -> Row:
+            name = f"{TEACHER}, {key} on"
+            teacher = self.other_teacher(**TEACHER_OPTIONS[key])
+            return Row(name, teacher_step(teacher), prepare)
+
+        steps = {PLAIN: student_step, TEACHER: forward, FLOOR: both}
+        rows = {name: lambda n=name: Row(n, steps[n], prepare) for name in steps}
+        rows |= {f"{TEACHER}, {key} on": lambda k=key: other(k) for key in TEACHER_OPTIONS}
+        return rows
 
     def inference_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
         """Detection of the student, of the student with ERA at alpha 1, and of the teacher."""
@@ -210,7 +248,7 @@ class Bench:
                 with torch.no_grad(), self.autocast():
                     model(inputs)
 
-            return Row(name, step, self._preparation(model, training=False), INFERENCE)
+            return Row(name, step, self._preparation(model, training=False))
 
         names = [INFERENCE, "inference: alpha 1", "inference: teacher"]
         return {name: lambda n=name: make(n) for name in names}
@@ -262,7 +300,15 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
         add(f"{FAST}, narrow branches off", "HIDDEN_CHANNELS", 0)
     else:
         found.notes.append("MODEL.ERA.HIDDEN_CHANNELS is 0: narrow branches are off.")
-    add(f"{FAST}, one-pass residual loss off", kind=PlainLossERA)
+    add(f"{FAST}, narrow residual loss off", kind=PlainLossERA)
+    channels_last = TEACHER_OPTIONS[CHANNELS_LAST]
+    found.makers[f"{FAST}, teacher {CHANNELS_LAST} on"] = lambda: bench.era_row(
+        f"{FAST}, teacher {CHANNELS_LAST} on",
+        inputs,
+        bench.method(),
+        bench.other_teacher(**channels_last),
+    )
+    add(f"{FAST}, MBRNet {COMPILE} on", "COMPILE", True)
     add(f"{FAST}, without TWI RPN loss", "TWI.RPN_WEIGHT", 0.0)
     add(f"{FAST}, without TWI ROI loss", "TWI.ROI_WEIGHT", 0.0)
     add(f"{FAST}, without KD loss", "KD_WEIGHT", 0.0)

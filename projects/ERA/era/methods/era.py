@@ -180,8 +180,9 @@ class ERA(Method):
                 estimate_distances(
                     estimates.zeroth[level],
                     step.teacher_features[level],
-                    [factor[level] for factor in estimates.factors],
-                    estimates.projections,
+                    estimates.factors.get(level),
+                    estimates.projection,
+                    estimates.num_branches,
                 )
                 for level in levels
             ]
@@ -208,7 +209,7 @@ class ERA(Method):
         if self.proposals_per_image == 0:
             return kd_loss(student_logits, step.teacher_predictions[0], self.kd_temperature)
         proposals, rows = chosen_proposals(
-            step.student.proposals, self.teacher.num_classes, self.proposals_per_image
+            step.student, self.teacher.num_classes, self.proposals_per_image
         )
         teacher_logits, _ = step.teacher.predict_rois(step.teacher_features, proposals)
         return kd_loss(student_logits[rows], teacher_logits, self.kd_temperature)
