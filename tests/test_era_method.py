@@ -1,5 +1,6 @@
 """The ERA losses on a tiny detector: against stock Detectron2, weights, gradients, statistics."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,18 @@ def test_feature_and_residual_losses_by_definition():
         for level, value in zip(target, by_level, strict=True):
             logged = storage.latest()[f"era/{level}/residual_e{i}"][0]
             assert logged == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_a_compiled_estimator_changes_no_number(monkeypatch):
+    # tracing only: generating and compiling C++ takes minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    inputs, found = batch(), []
+    for is_compiled in ("False", "True"):
+        model = tiny_model("era", "MODEL.ERA.NORM", "none", "MODEL.ERA.COMPILE", is_compiled)
+        losses, _ = losses_of(model, inputs)
+        sum(losses.values()).backward()
+        found.append([losses, {k: p.grad for k, p in model.named_parameters()}])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_twi_losses_are_detectron2s_losses_of_the_teachers_heads():
