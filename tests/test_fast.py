@@ -7,15 +7,16 @@ import pytest
 import torch
 from builders import batch, tiny_cfg, tiny_model
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from era.fast_integration import FastTeacherHeads, gather_patches, knows_rpn_head
 from era.losses import mse, residual_mse
 from era.mbrnet import FeatureEstimator, MBRNet
+from era.proposal_choice import chosen_proposals, split
 from era.residual_loss import estimate_distances
-from era.student import record
-from era.weight_integration import TeacherHeads, choose_proposals
+from era.student import Recording, record
+from era.weight_integration import TeacherHeads
 
 WEIGHTS = [1.0, 0.25, 0.125]
 
@@ -263,18 +264,80 @@ def test_patches_are_what_a_padded_conv_sees():
 
 
 @pytest.mark.parametrize(
-    "classes, count, expected",
+    "count, foreground, background, expected",
     [
-        ([1, 2, 8, 8, 8, 8], 0, [0, 1, 2, 3, 4, 5]),  # 0 = all
-        ([1, 2, 8, 8, 8, 8], 9, [0, 1, 2, 3, 4, 5]),  # more than there are
-        ([1, 2, 8, 8, 8, 8], 3, [0, 2, 3]),  # in proportion
-        ([1, 8, 8, 8, 8, 8, 8, 8], 2, [0, 1]),  # at least one object
-        ([8, 8, 8], 2, [0, 1]),  # no object
-        ([1, 2, 3], 2, [0, 1]),  # no background
+        (8, 10, 20, (6, 2)),  # three quarters
+        (8, 3, 20, (3, 5)),  # few objects: the rest is background
+        (8, 30, 1, (7, 1)),  # little background: the rest is objects
+        (8, 0, 20, (0, 8)),
+        (8, 20, 0, (8, 0)),
+        (8, 2, 3, (2, 3)),  # fewer than asked for
+        (1, 5, 5, (1, 0)),  # an object before all
     ],
 )
-def test_choice_of_proposals(classes, count, expected):
-    assert choose_proposals(torch.tensor(classes), 8, count).tolist() == expected
+def test_split_of_proposals(count, foreground, background, expected):
+    assert split(count, foreground, background) == expected
+
+
+def proposals_of(*classes):
+    """A step whose images have proposals of these classes, 8 being background; box i at x = i."""
+    own = []
+    for labels in classes:
+        p = Instances((64, 64))
+        p.gt_classes = torch.tensor(labels, dtype=torch.long)
+        x = torch.arange(len(labels), dtype=torch.float32)[:, None]
+        p.proposal_boxes = Boxes(torch.cat([x, x, x + 9, x + 9], dim=1))
+        own.append(p)
+    return Recording(proposals=own)
+
+
+def test_all_proposals_are_one_stratum():
+    step = proposals_of([1, 2, 8], [8, 8])
+    for count in (0, 3):
+        chosen = chosen_proposals(step, 8, count)
+        assert chosen.rows.tolist() == [0, 1, 2, 3, 4]
+        assert [s.share for s in chosen.strata] == [1.0]
+
+
+def test_chosen_proposals_stand_for_all():
+    """4 of 8 and of 6: rows, boxes and shares worked by hand."""
+    step = proposals_of([1, 2, 3, 4, 8, 8, 8, 8], [5, 8, 8, 8, 8, 8])
+    chosen = chosen_proposals(step, 8, 4)
+    assert chosen.rows.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
+    assert [len(p) for p in chosen.proposals] == [4, 4]
+    foreground, background = chosen.strata
+    assert foreground.share == pytest.approx(5 / 14) and background.share == pytest.approx(9 / 14)
+    assert foreground.indices.tolist() == [0, 1, 2, 4] and background.indices.tolist() == [
+        3,
+        5,
+        6,
+        7,
+    ]
+    classes = torch.cat([p.gt_classes for p in chosen.proposals])
+    for stratum in chosen.strata:
+        own = torch.cat([p.gt_classes for p in stratum.proposals])
+        assert torch.equal(own, classes[stratum.indices])
+    assert background.proposals[0].proposal_boxes.tensor[0].tolist() == [4, 4, 13, 13]
+    assert chosen_proposals(step, 8, 4) is chosen  # once a step
+
+
+def test_the_mean_over_choices_is_the_loss_of_all():
+    """Detectron2 orders each part at random: over all orders, the estimate is right on average."""
+    classes, values = torch.tensor([0, 1, 2, 8, 8, 8]), torch.rand(6)
+    found = []
+    for front in itertools.permutations(range(3)):
+        for back in itertools.permutations(range(3, 6)):
+            order = torch.tensor([*front, *back])
+            chosen = chosen_proposals(proposals_of(classes[order].tolist()), 8, 3)
+            own = values[order][chosen.rows]
+            found.append(sum(s.share * own[s.indices].mean() for s in chosen.strata))
+    assert len(chosen.rows) == 3
+    assert torch.stack(found).mean().item() == pytest.approx(values.mean().item(), rel=1e-5)
+
+
+def test_no_proposal_at_all():
+    chosen = chosen_proposals(proposals_of([], []), 8, 4)
+    assert len(chosen.rows) == 0 and chosen.strata == []
 
 
 def test_heads_that_are_not_known_are_not_taken_for_known():

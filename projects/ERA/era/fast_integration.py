@@ -13,12 +13,13 @@ from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from era.losses import at_least_float32
 from era.mbrnet import FactoredEstimates
+from era.proposal_choice import ChosenProposals
 from era.student import Recording
 from era.weight_integration import TeacherHeads
 
@@ -161,15 +162,28 @@ class FastTeacherHeads(TeacherHeads):
         """As :meth:`TeacherHeads.roi_loss`, of factored estimates."""
         if not self.stacked_roi:
             return super().roi_loss(estimates.dense().cumulative(), weights, step)
-        proposals, rows = self.chosen(step)
-        features = self._roi_features(estimates, proposals, rows, step)
+        chosen = self.chosen(step)
+        features = self._roi_features(estimates, chosen, step)
         predictor = self.roi_heads.box_predictor
         logits, deltas = (at_least_float32(x) for x in predictor(features.flatten(0, 1)))
         logits, deltas = (x.unflatten(0, features.shape[:2]) for x in (logits, deltas))
+        total = logits.sum() * 0 if not chosen.strata else 0.0
+        for stratum in chosen.strata:
+            own = (x[:, stratum.indices] for x in (logits, deltas))
+            total = total + stratum.share * self._stratum_loss(*own, stratum.proposals, weights)
+        return total
 
+    def _stratum_loss(
+        self, logits: Tensor, deltas: Tensor, proposals: list[Instances], weights: list[float]
+    ) -> Tensor:
+        """Detectron2's class and box loss of K estimates on the same proposals, weighted and summed.
+
+        Args:
+            logits, deltas: (K, R, classes + 1) and (K, R, 4 or 4 * classes).
+            proposals: R in all images together, R > 0.
+        """
+        predictor = self.roi_heads.box_predictor
         gt_classes = torch.cat([p.gt_classes for p in proposals])
-        if len(gt_classes) == 0:
-            return logits.sum() * 0
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
         matched = torch.cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
@@ -200,12 +214,16 @@ class FastTeacherHeads(TeacherHeads):
             )
         return total
 
-    def _roi_features(self, estimates, proposals, rows, step) -> Tensor:
+    def _roi_features(
+        self, estimates: FactoredEstimates, chosen: ChosenProposals, step: Recording
+    ) -> Tensor:
         """The box head's output for K = N + 1 estimates on R chosen proposals, (K, R, D)."""
         heads, levels = self.roi_heads, self.roi_heads.box_in_features
-        boxes = [p.proposal_boxes for p in proposals]
+        boxes = [p.proposal_boxes for p in chosen.proposals]
         if self.reuses_pooling:
-            zeroth = estimates.adapter(step.roi_features[rows])  # a 1x1 conv commutes with pooling
+            zeroth = estimates.adapter(
+                step.roi_features[chosen.rows]
+            )  # a 1x1 conv commutes with pooling
         else:
             zeroth = heads.box_pooler([estimates.zeroth[level] for level in levels], boxes)
         pooled = None

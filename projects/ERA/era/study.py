@@ -38,8 +38,8 @@ STUDIES = {
         "h64_p32": ("64 of 64 hidden channels, 32 of 32 proposals", ERA, (NARROW, "64", ALL, "0")),
         "h16_p32": ("16 of 64, 32 of 32", ERA, (NARROW, "16", ALL, "0")),
         "h8_p32": ("8 of 64, 32 of 32", ERA, (NARROW, "8", ALL, "0")),
+        "h16_p16": ("16 of 64, 16 of 32", ERA, (NARROW, "16", ALL, "16")),
         "h16_p8": ("16 of 64, 8 of 32", ERA, (NARROW, "16", ALL, "8")),
-        "h8_p8": ("8 of 64, 8 of 32", ERA, (NARROW, "8", ALL, "8")),
     },
     "parts": {
         "mimic": ("feature mimic alone", ERA, (*NO_BRANCHES, *NO_TWI)),

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32
+from era.proposal_choice import ChosenProposals, chosen_proposals
 from era.student import Recording
 
 
@@ -71,70 +72,26 @@ class TeacherHeads:
             step: the student's step, for its sampled proposals and their ground truth.
 
         Returns:
-            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings, on the
-            first ``proposals_per_image`` proposals, see :func:`choose_proposals`.
+            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings, on
+            ``proposals_per_image`` proposals, see :mod:`era.proposal_choice`.
         """
-        proposals, _ = self.chosen(step)
-        boxes = [p.proposal_boxes for p in proposals]
+        chosen = self.chosen(step)
+        boxes = [p.proposal_boxes for p in chosen.proposals]
         total = 0.0
         for weight, estimate in zip(weights, estimates, strict=True):
             predictions = roi_predictions(self.roi_heads, estimate, boxes)
-            with _own_scope():
-                losses = self.roi_heads.box_predictor.losses(predictions, proposals)
-            total = total + weight * sum(losses.values())
+            if not chosen.strata:  # no proposal at all
+                total = total + sum(x.sum() * 0 for x in predictions)
+            for stratum in chosen.strata:
+                own = tuple(x[stratum.indices] for x in predictions)
+                with _own_scope():
+                    losses = self.roi_heads.box_predictor.losses(own, stratum.proposals)
+                total = total + weight * stratum.share * sum(losses.values())
         return total
 
-    def chosen(self, step: Recording) -> tuple[list[Instances], Tensor]:
-        """The proposals that the ROI losses look at, and their rows in the student's sample."""
+    def chosen(self, step: Recording) -> ChosenProposals:
+        """The proposals that the ROI losses look at."""
         return chosen_proposals(step, self.roi_heads.num_classes, self.proposals_per_image)
-
-
-def chosen_proposals(
-    step: Recording, num_classes: int, count: int
-) -> tuple[list[Instances], Tensor]:
-    """At most ``count`` of every image's sampled proposals, see :func:`choose_proposals`; chosen once a
-    step, whoever asks.
-
-    Returns:
-        The proposals, one an image, and their rows in the concatenation of all of them.
-    """
-    if count not in step.chosen:
-        chosen, rows, start = [], [], 0
-        for own in step.proposals:
-            indices = choose_proposals(own.gt_classes, num_classes, count)
-            chosen.append(own[indices])
-            rows.append(indices + start)
-            start += len(own)
-        step.chosen[count] = chosen, torch.cat(rows)
-    return step.chosen[count]
-
-
-def choose_proposals(gt_classes: Tensor, num_classes: int, count: int) -> Tensor:
-    """Indices of at most ``count`` of an image's sampled proposals, foreground and background in the
-    proportion of the whole sample.
-
-    Detectron2 lists foreground first and each part in random order, so that the first of each part are
-    a random subset; no random number is drawn here.
-
-    Args:
-        gt_classes: (R,), ``num_classes`` for background.
-        count: 0 for all.
-
-    Returns:
-        (min(R, count),) long, ascending.
-    """
-    total = gt_classes.shape[0]
-    if count == 0 or count >= total:
-        return torch.arange(total, device=gt_classes.device)
-    # a stable sort: foreground first, each part in its own order
-    is_background = gt_classes == num_classes
-    order = is_background.to(torch.uint8).argsort(stable=True)
-    foreground = total - int(is_background.sum())
-    kept = round(count * foreground / total)
-    if foreground > 0:
-        kept = max(kept, 1)
-    kept = min(max(kept, count - (total - foreground)), foreground)
-    return torch.cat([order[:kept], order[foreground : foreground + count - kept]])
 
 
 def rpn_predictions(rpn: RPN, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,9 +21,10 @@ from era.inference import BlendedDetector
 from era.losses import kd_loss, level_mean
 from era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
 from era.methods.base import METHOD_REGISTRY, DistillationStep, Method
+from era.proposal_choice import chosen_proposals
 from era.residual_loss import estimate_distances
 from era.teacher import Teacher
-from era.weight_integration import check_equal_heads, check_teacher_heads, chosen_proposals
+from era.weight_integration import check_equal_heads, check_teacher_heads
 
 logger = logging.getLogger(__name__)
 
@@ -208,11 +209,16 @@ class ERA(Method):
         student_logits = step.student.roi_predictions[0]
         if self.proposals_per_image == 0:
             return kd_loss(student_logits, step.teacher_predictions[0], self.kd_temperature)
-        proposals, rows = chosen_proposals(
-            step.student, self.teacher.num_classes, self.proposals_per_image
+        chosen = chosen_proposals(step.student, self.teacher.num_classes, self.proposals_per_image)
+        student_logits = student_logits[chosen.rows]
+        teacher_logits, _ = step.teacher.predict_rois(step.teacher_features, chosen.proposals)
+        if not chosen.strata:  # no proposal at all
+            return kd_loss(student_logits, teacher_logits, self.kd_temperature)
+        return sum(
+            s.share
+            * kd_loss(student_logits[s.indices], teacher_logits[s.indices], self.kd_temperature)
+            for s in chosen.strata
         )
-        teacher_logits, _ = step.teacher.predict_rois(step.teacher_features, proposals)
-        return kd_loss(student_logits[rows], teacher_logits, self.kd_temperature)
 
     def _twi_losses(
         self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates

@@ -1,0 +1,108 @@
+"""Which of the student's sampled proposals the teacher's ROI head looks at, and with what weight.
+
+Looking at all of them is most of what Teacher Weight Integration costs. A part stands for the whole if it
+is a stratified sample: foreground, which carries the class and every box loss, is preferred, and each
+stratum's mean counts with the stratum's share of the whole. The expected loss of one image is then that of
+all its proposals; of several images, those count a little more of which a larger part was looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+
+from era.student import Recording
+
+FOREGROUND_PART = 0.75  # of the proposals that are looked at, at most so many are foreground
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Proposals whose mean loss counts as one.
+
+    Attributes:
+        share: their stratum's part of the whole sample, 0 to 1; the shares add up to 1.
+        indices: rows of the chosen proposals, long.
+        proposals: the same as Instances, one an image.
+    """
+
+    share: float
+    indices: Tensor
+    proposals: list[Instances]
+
+
+@dataclass(frozen=True)
+class ChosenProposals:
+    """A choice from one step's sampled proposals.
+
+    Attributes:
+        proposals: one an image, with ``proposal_boxes``, ``gt_classes`` (and ``gt_boxes`` if any).
+        rows: (R',) of the chosen in the student's sample, all images one after the other.
+        strata: one if everything was chosen, else foreground and background; empty ones are left out.
+    """
+
+    proposals: list[Instances]
+    rows: Tensor
+    strata: list[Stratum]
+
+
+def chosen_proposals(step: Recording, num_classes: int, count: int) -> ChosenProposals:
+    """At most ``count`` of every image's sampled proposals; chosen once a step, whoever asks.
+
+    Detectron2 lists foreground first and each part in random order, so that the first of each part are
+    a random subset; no random number is drawn here.
+
+    Args:
+        step: the student's step.
+        num_classes: the class of background.
+        count: proposals an image; 0 for all.
+    """
+    if count not in step.chosen:
+        step.chosen[count] = _choose(step.proposals, num_classes, count)
+    return step.chosen[count]
+
+
+def split(count: int, foreground: int, background: int) -> tuple[int, int]:
+    """How many of an image's foreground and background proposals to look at.
+
+    Foreground takes up to three quarters of ``count`` (at least one), and what the other leaves.
+    """
+    kept = min(foreground, max(1, int(FOREGROUND_PART * count), count - background))
+    return kept, min(background, count - kept)
+
+
+def _choose(proposals: list[Instances], num_classes: int, count: int) -> ChosenProposals:
+    device = proposals[0].gt_classes.device
+    sizes = [len(own) for own in proposals]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    if count == 0 or count >= max(sizes):
+        rows = torch.arange(sum(sizes), device=device)
+        strata = [Stratum(1.0, rows, proposals)] if len(rows) > 0 else []
+        return ChosenProposals(proposals, rows, strata)
+    is_background = [own.gt_classes == num_classes for own in proposals]
+    totals = torch.stack([b.sum() for b in is_background]).tolist()  # one wait for a GPU
+    parts: tuple[list, list] = ([], [])
+    for background, size, total in zip(is_background, sizes, totals, strict=True):
+        # a stable sort: foreground first, each part in its own order
+        order = background.to(torch.uint8).argsort(stable=True)
+        kept = split(count, size - total, total)
+        parts[0].append(order[: kept[0]])
+        parts[1].append(order[size - total : size - total + kept[1]])
+    chosen, rows, places, place = [], [], ([], []), 0
+    for own, start, *own_parts in zip(proposals, starts, *parts, strict=True):
+        chosen.append(own[torch.cat(own_parts)])
+        for i, part in enumerate(own_parts):
+            rows.append(part + start)
+            places[i].append(torch.arange(place, place + len(part), device=device))
+            place += len(part)
+    background_share = sum(totals) / sum(sizes)
+    strata = []
+    for share, place, part in zip(
+        (1 - background_share, background_share), places, parts, strict=True
+    ):
+        own = [p[indices] for p, indices in zip(proposals, part, strict=True)]
+        strata.append(Stratum(share, torch.cat(place), own))
+    return ChosenProposals(chosen, torch.cat(rows), [s for s in strata if len(s.indices) > 0])
