@@ -81,8 +81,8 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.TWI = CfgNode()
     _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
     _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
-    # Of the student's sampled proposals, how many an image the ROI losses of TWI and the KD loss look
-    # at; 0 = all.
+    # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
+    # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
     _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
     # Let the student's RPN and ROI heads START from the teacher's weights ("inheritance"; it moves
     # AP by itself, so report it apart). Needs heads of equal shape. Not repeated when resuming.

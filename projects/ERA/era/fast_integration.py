@@ -162,16 +162,29 @@ class FastTeacherHeads(TeacherHeads):
         """As :meth:`TeacherHeads.roi_loss`, of factored estimates."""
         if not self.stacked_roi:
             return super().roi_loss(estimates.dense().cumulative(), weights, step)
-        chosen = self.chosen(step)
-        features = self._roi_features(estimates, chosen, step)
-        predictor = self.roi_heads.box_predictor
-        logits, deltas = (at_least_float32(x) for x in predictor(features.flatten(0, 1)))
-        logits, deltas = (x.unflatten(0, features.shape[:2]) for x in (logits, deltas))
-        total = logits.sum() * 0 if not chosen.strata else 0.0
-        for stratum in chosen.strata:
-            own = (x[:, stratum.indices] for x in (logits, deltas))
-            total = total + stratum.share * self._stratum_loss(*own, stratum.proposals, weights)
+        everything, chosen = self.all(step), self.chosen(step)
+        features = self._roi_features(estimates, everything, chosen, step)
+        predictions = [at_least_float32(x) for x in self.roi_heads.box_predictor(features)]
+        if not everything.strata:
+            return sum(x.sum() * 0 for x in predictions)
+        count = len(everything.rows)
+        total = self._choice_loss([x[None, :count] for x in predictions], everything, weights[:1])
+        if estimates.num_branches > 0:
+            others = [x[count:].unflatten(0, (estimates.num_branches, -1)) for x in predictions]
+            total = total + self._choice_loss(others, chosen, weights[1:])
         return total
+
+    def _choice_loss(
+        self, predictions: list[Tensor], chosen: ChosenProposals, weights: list[float]
+    ) -> Tensor:
+        """Of K estimates: logits (K, R, classes + 1) and deltas (K, R, 4 or 4 * classes)."""
+        return sum(
+            stratum.share
+            * self._stratum_loss(
+                *(x[:, stratum.indices] for x in predictions), stratum.proposals, weights
+            )
+            for stratum in chosen.strata
+        )
 
     def _stratum_loss(
         self, logits: Tensor, deltas: Tensor, proposals: list[Instances], weights: list[float]
@@ -215,30 +228,35 @@ class FastTeacherHeads(TeacherHeads):
         return total
 
     def _roi_features(
-        self, estimates: FactoredEstimates, chosen: ChosenProposals, step: Recording
+        self,
+        estimates: FactoredEstimates,
+        everything: ChosenProposals,
+        chosen: ChosenProposals,
+        step: Recording,
     ) -> Tensor:
-        """The box head's output for K = N + 1 estimates on R chosen proposals, (K, R, D)."""
+        """The box head's output, (R + N * R', D): ``e_0`` on all R proposals, then every other estimate
+        on the R' chosen ones."""
         heads, levels = self.roi_heads, self.roi_heads.box_in_features
-        boxes = [p.proposal_boxes for p in chosen.proposals]
         if self.reuses_pooling:
-            zeroth = estimates.adapter(
-                step.roi_features[chosen.rows]
-            )  # a 1x1 conv commutes with pooling
+            zeroth = estimates.adapter(step.roi_features)  # a 1x1 conv commutes with pooling
         else:
+            boxes = [p.proposal_boxes for p in everything.proposals]
             zeroth = heads.box_pooler([estimates.zeroth[level] for level in levels], boxes)
         pooled = None
         if estimates.num_branches > 0:
+            boxes = [p.proposal_boxes for p in chosen.proposals]
             pooled = heads.box_pooler([estimates.factors[level] for level in levels], boxes)
         if not self.fold:
-            stack = zeroth[None]
             if pooled is not None:
-                stack = torch.cat([stack, projected(pooled, estimates)]).cumsum(0)
-            return heads.box_head(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
+                others = zeroth[chosen.rows] + projected(pooled, estimates).cumsum(0)
+                zeroth = torch.cat([zeroth, others.flatten(0, 1)])
+            return heads.box_head(zeroth)
         first, *rest = list(heads.box_head)[1:]  # after the flatten
-        features = first(zeroth.flatten(1))[None]
+        features = first(zeroth.flatten(1))
         if pooled is not None:
             increments = self._through_first_layer(pooled, estimates, first)
-            features = torch.cat([features, increments]).cumsum(0)
+            others = features[chosen.rows] + increments.cumsum(0)
+            features = torch.cat([features, others.flatten(0, 1)])
         for layer in rest:
             features = layer(features)
         return features

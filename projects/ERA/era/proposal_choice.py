@@ -1,9 +1,10 @@
-"""Which of the student's sampled proposals the teacher's ROI head looks at, and with what weight.
+"""On which of the student's sampled proposals the teacher's ROI head judges, and with what weight.
 
-Looking at all of them is most of what Teacher Weight Integration costs. A part stands for the whole if it
-is a stratified sample: foreground, which carries the class and every box loss, is preferred, and each
-stratum's mean counts with the stratum's share of the whole. The expected loss of one image is then that of
-all its proposals; of several images, those count a little more of which a larger part was looked at.
+``e_0`` is judged on all: it has the largest weight, and the student has pooled it already. To pool N more
+estimates is what Teacher Weight Integration costs, so for them a part can stand for the whole. It is a
+stratified sample: foreground, which carries the class and every box loss, is preferred, and each stratum's
+mean counts with the stratum's share of the whole. The expected loss of one image is then that of all its
+proposals; of several images, those count a little more of which a larger part was looked at.
 """
 
 from __future__ import annotations
@@ -77,32 +78,34 @@ def split(count: int, foreground: int, background: int) -> tuple[int, int]:
 def _choose(proposals: list[Instances], num_classes: int, count: int) -> ChosenProposals:
     device = proposals[0].gt_classes.device
     sizes = [len(own) for own in proposals]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
     if count == 0 or count >= max(sizes):
         rows = torch.arange(sum(sizes), device=device)
         strata = [Stratum(1.0, rows, proposals)] if len(rows) > 0 else []
         return ChosenProposals(proposals, rows, strata)
     is_background = [own.gt_classes == num_classes for own in proposals]
     totals = torch.stack([b.sum() for b in is_background]).tolist()  # one wait for a GPU
-    parts: tuple[list, list] = ([], [])
-    for background, size, total in zip(is_background, sizes, totals, strict=True):
+    chosen, rows, bounds = [], [], []
+    start = place = 0  # of an image in the whole sample, and among the chosen
+    for own, background, size, total in zip(proposals, is_background, sizes, totals, strict=True):
         # a stable sort: foreground first, each part in its own order
         order = background.to(torch.uint8).argsort(stable=True)
-        kept = split(count, size - total, total)
-        parts[0].append(order[: kept[0]])
-        parts[1].append(order[size - total : size - total + kept[1]])
-    chosen, rows, places, place = [], [], ([], []), 0
-    for own, start, *own_parts in zip(proposals, starts, *parts, strict=True):
-        chosen.append(own[torch.cat(own_parts)])
-        for i, part in enumerate(own_parts):
-            rows.append(part + start)
-            places[i].append(torch.arange(place, place + len(part), device=device))
-            place += len(part)
-    background_share = sum(totals) / sum(sizes)
-    strata = []
-    for share, place, part in zip(
-        (1 - background_share, background_share), places, parts, strict=True
-    ):
-        own = [p[indices] for p, indices in zip(proposals, part, strict=True)]
-        strata.append(Stratum(share, torch.cat(place), own))
+        objects, others = split(count, size - total, total)
+        picked = torch.cat([order[:objects], order[size - total :][:others]])
+        chosen.append(own[picked])
+        rows.append(picked + start)
+        bounds.append((place, place + objects, place + objects + others))
+        start, place = start + size, bounds[-1][2]
+    share = sum(totals) / sum(sizes)
+    strata = [
+        Stratum(
+            1 - share,
+            torch.cat([torch.arange(a, b, device=device) for a, b, _ in bounds]),
+            [own[: b - a] for own, (a, b, _) in zip(chosen, bounds, strict=True)],
+        ),
+        Stratum(
+            share,
+            torch.cat([torch.arange(b, c, device=device) for _, b, c in bounds]),
+            [own[b - a :] for own, (a, b, _) in zip(chosen, bounds, strict=True)],
+        ),
+    ]
     return ChosenProposals(chosen, torch.cat(rows), [s for s in strata if len(s.indices) > 0])

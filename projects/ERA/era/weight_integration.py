@@ -30,7 +30,8 @@ class TeacherHeads:
     Args:
         rpn: the teacher's proposal generator.
         roi_heads: the teacher's ROI heads.
-        proposals_per_image: how many of the student's sampled proposals the ROI losses look at; 0 = all.
+        proposals_per_image: on how many of the student's sampled proposals ``e_1..e_N`` are judged by the
+            ROI losses; 0 = all. ``e_0`` is judged on all of them.
     """
 
     def __init__(self, rpn: RPN, roi_heads: StandardROIHeads, proposals_per_image: int = 0):
@@ -72,13 +73,14 @@ class TeacherHeads:
             step: the student's step, for its sampled proposals and their ground truth.
 
         Returns:
-            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings, on
-            ``proposals_per_image`` proposals, see :mod:`era.proposal_choice`.
+            Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings; of ``e_0`` on
+            all proposals, of the other estimates on ``proposals_per_image``, see
+            :mod:`era.proposal_choice`.
         """
-        chosen = self.chosen(step)
-        boxes = [p.proposal_boxes for p in chosen.proposals]
         total = 0.0
-        for weight, estimate in zip(weights, estimates, strict=True):
+        for i, (weight, estimate) in enumerate(zip(weights, estimates, strict=True)):
+            chosen = self.chosen(step) if i > 0 else self.all(step)
+            boxes = [p.proposal_boxes for p in chosen.proposals]
             predictions = roi_predictions(self.roi_heads, estimate, boxes)
             if not chosen.strata:  # no proposal at all
                 total = total + sum(x.sum() * 0 for x in predictions)
@@ -89,8 +91,12 @@ class TeacherHeads:
                 total = total + weight * stratum.share * sum(losses.values())
         return total
 
+    def all(self, step: Recording) -> ChosenProposals:
+        """The proposals on which ``e_0`` is judged: all that the student sampled."""
+        return chosen_proposals(step, self.roi_heads.num_classes, 0)
+
     def chosen(self, step: Recording) -> ChosenProposals:
-        """The proposals that the ROI losses look at."""
+        """The proposals on which ``e_1..e_N`` are judged."""
         return chosen_proposals(step, self.roi_heads.num_classes, self.proposals_per_image)
 
 

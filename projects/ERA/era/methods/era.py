@@ -44,8 +44,8 @@ class ERA(Method):
         kd_temperature: ``tau``.
         rpn_weight, roi_weight: weights of the TWI losses; 0 leaves a term out.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
-        proposals_per_image: of the student's sampled proposals, how many an image the ROI losses of TWI
-            and the KD loss look at; 0 = all.
+        proposals_per_image: on how many of the student's sampled proposals an image ``e_1..e_N`` are
+            judged by the ROI head, and how many the KD loss looks at; 0 = all.
         compile_estimator: run the estimator in training through ``torch.compile``.
     """
 
@@ -205,7 +205,7 @@ class ERA(Method):
             storage.put_scalar(name, value)
 
     def _kd_loss(self, step: DistillationStep) -> Tensor:
-        """On all sampled proposals, or on those that TWI looks at (``TWI.PROPOSALS_PER_IMAGE``)."""
+        """On all sampled proposals, or on a part of them (``TWI.PROPOSALS_PER_IMAGE``)."""
         student_logits = step.student.roi_predictions[0]
         if self.proposals_per_image == 0:
             return kd_loss(student_logits, step.teacher_predictions[0], self.kd_temperature)
