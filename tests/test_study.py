@@ -6,7 +6,7 @@ import pytest
 from builders import REPO
 
 from era.errors import UserError
-from era.study import STUDIES, equal_time_variant, main, make_runs, markdown, summarise
+from era.study import STUDIES, choose, equal_time_variant, main, make_runs, markdown, summarise
 
 
 @pytest.fixture
@@ -53,3 +53,10 @@ def test_every_variant_has_a_config_that_loads(name, tmp_path, monkeypatch):
 def test_a_teacher_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="--teacher"):
         main(["parts", "--teacher", str(tmp_path / "none.pth")], root=REPO)
+
+
+def test_some_variants():
+    assert list(choose("narrow", ["h16_p8", "h16_p32"])) == ["h16_p32", "h16_p8"]
+    assert choose("parts", None) == STUDIES["parts"]
+    with pytest.raises(UserError, match="--variants names h1: the study narrow has h64_p32"):
+        main(["narrow", "--variants", "h1"], root=REPO)

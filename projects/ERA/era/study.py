@@ -59,12 +59,29 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog="A study takes from half an hour to hours on two cores; --reuse goes on after a stop.",
     )
     parser.add_argument("study", choices=sorted(STUDIES), help="which comparison")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these of the study, by the names "
+                        "of its folders, e.g. h16_p32 h16_p8; default all")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     parser.add_argument("--output", type=Path, help="folder; default output/study/<study>")
     parser.add_argument("--teacher", type=Path, help="a trained teacher's model_final.pth to use")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
     parser.add_argument("--reuse", action="store_true", help="keep complete runs")
     return parser
+
+
+def choose(name: str, variants: Sequence[str] | None) -> dict[str, tuple]:
+    """A study, or some of its variants.
+
+    Raises:
+        UserError: the study has no such variant.
+    """
+    study = STUDIES[name]
+    unknown = sorted(set(variants or ()) - set(study))
+    if unknown:
+        raise UserError(
+            f"--variants names {', '.join(unknown)}: the study {name} has {', '.join(study)}."
+        )
+    return {key: value for key, value in study.items() if not variants or key in variants}
 
 
 def make_runs(study: dict, seeds: Sequence[int], output: Path, teacher: Path | None) -> list[Run]:
@@ -165,8 +182,8 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         )
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}: expected at least 1.")
+    study = choose(args.study, args.variants)
     os.chdir(root)
-    study = dict(STUDIES[args.study])
     runs = make_runs(study, args.seeds, output, teacher)
     lock = prepare_folder(output, reuse=args.reuse)
     try:
@@ -175,7 +192,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         options = {"jobs": args.jobs, "cores": os.cpu_count() or 1, "reuse": args.reuse}
         execute(runs, screen=Screen(), **options)
         entries = summarise(study, args.seeds, runs)
-        if args.study == "equal_time":
+        if {"plain", "era"} <= set(study):
             longer = equal_time_variant(entries)
             more = [
                 r for r in make_runs(longer, args.seeds, output, teacher) if r.name != "teacher"
