@@ -8,6 +8,7 @@ import torch
 from builders import batch, losses_of, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from era.errors import UserError
 from era.methods.era import check_levels
@@ -187,3 +188,41 @@ def test_strides_must_match():
         UserError, match="p2, which has stride 4 in the student and 8 in the teacher"
     ):
         check_levels(model(4), SimpleNamespace(model=model(8)), ["p2"])
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: reading a number, or a size that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in ("nonzero", "_local_scalar_dense", "masked_select"):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_waits_do_not_grow_with_the_branches():
+    """On top of the student's own about 50 a step, at most 15, however many estimates are judged."""
+    counts = []
+    for model in (
+        tiny_model("plain"),
+        *(
+            tiny_model(
+                "era", "MODEL.ERA.NORM", "none", "MODEL.ERA.KD_WEIGHT", "1.0",
+                "MODEL.ERA.NUM_BRANCHES", n, "MODEL.ERA.SCALES", [1.0] * n,
+                "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "8",
+            )
+            for n in (1, 4)
+        ),
+    ):  # fmt: skip
+        model.train()
+        torch.manual_seed(0)
+        with EventStorage(5), HostWaits() as waits:
+            model(batch((2, 1)))
+        counts.append(waits.count)
+    plain, one, four = counts
+    assert one == four and 0 < four - plain <= 15

@@ -7,12 +7,15 @@ import pytest
 import torch
 from builders import batch, tiny_cfg, tiny_model
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from era.fast_integration import FastTeacherHeads, gather_patches, knows_rpn_head
+from era.box_losses import box_losses
+from era.fast_integration import FastTeacherHeads, knows_rpn_head
 from era.losses import mse, residual_mse
 from era.mbrnet import FeatureEstimator, MBRNet
+from era.patches import gather_patches
 from era.proposal_choice import chosen_proposals, split
 from era.residual_loss import estimate_distances
 from era.student import Recording, record
@@ -338,6 +341,29 @@ def test_the_mean_over_choices_is_the_loss_of_all():
 def test_no_proposal_at_all():
     chosen = chosen_proposals(proposals_of([], []), 8, 4)
     assert len(chosen.rows) == 0 and chosen.strata == []
+
+
+@pytest.mark.parametrize("kind, beta", [("smooth_l1", 0.0), ("smooth_l1", 0.5), ("giou", 0.0)])
+def test_box_losses_are_detectron2s(kind, beta):
+    """Of two estimates at once what Detectron2's own loss gives of each."""
+    settings = SimpleNamespace(
+        box2box_transform=Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0)),
+        box_reg_loss_type=kind,
+        smooth_l1_beta=beta,
+    )
+    corner = torch.rand(5, 2) * 30
+    boxes = torch.cat([corner, corner + 10 + torch.rand(5, 2) * 20], dim=1)
+    matched, deltas = boxes + torch.rand(5, 4), torch.randn(2, 5, 4)
+    expected = [
+        _dense_box_regression_loss(
+            [boxes], settings.box2box_transform, [own[None]], [matched], ...,
+            box_reg_loss_type=kind, smooth_l1_beta=beta,
+        )
+        for own in deltas
+    ]  # fmt: skip
+    found = box_losses(settings, boxes, matched, deltas)
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert box_losses(settings, boxes[:0], matched[:0], deltas[:, :0]).tolist() == [0, 0]
 
 
 def test_heads_that_are_not_known_are_not_taken_for_known():

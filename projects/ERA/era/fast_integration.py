@@ -9,7 +9,6 @@ instead of the wide estimates. And the student has pooled ``e_0`` already.
 from __future__ import annotations
 
 import torch
-from detectron2.modeling.box_regression import _dense_box_regression_loss
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, StandardROIHeads
@@ -17,8 +16,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from era.box_losses import box_losses, weighted_sum
 from era.losses import at_least_float32
 from era.mbrnet import FactoredEstimates
+from era.patches import gather_patches
 from era.proposal_choice import ChosenProposals
 from era.student import Recording
 from era.weight_integration import TeacherHeads
@@ -91,24 +92,12 @@ class FastTeacherHeads(TeacherHeads):
         image, anchor = image[objects], anchor[objects]
         boxes = Boxes.cat(step.anchors).tensor[anchor]
         matched = torch.stack(step.anchor_boxes)[image, anchor]
+        location = box_losses(self.rpn, boxes, matched, deltas[:, objects])
         scale = self.rpn.loss_weight
-        total = 0.0
-        for weight, own_objectness, own_deltas in zip(
-            weights, objectness, deltas[:, objects], strict=True
-        ):
-            location = _dense_box_regression_loss(
-                [boxes],
-                self.rpn.box2box_transform,
-                [own_deltas.unsqueeze(0)],
-                [matched],
-                ...,
-                box_reg_loss_type=self.rpn.box_reg_loss_type,
-                smooth_l1_beta=self.rpn.smooth_l1_beta,
-            )
-            total = total + weight * (
-                scale.get("loss_rpn_cls", 1.0) * own_objectness
-                + scale.get("loss_rpn_loc", 1.0) * location
-            )
+        losses = (
+            scale.get("loss_rpn_cls", 1.0) * objectness + scale.get("loss_rpn_loc", 1.0) * location
+        )
+        total = weighted_sum(losses, weights)
         return total / (step.anchors_per_image * len(step.anchor_labels))
 
     def _rpn_hidden(
@@ -206,26 +195,16 @@ class FastTeacherHeads(TeacherHeads):
         deltas = deltas[:, objects].unflatten(2, (-1, matched.shape[1]))  # (K, objects, K or 1, 4)
         slot = gt_classes[objects] if deltas.shape[2] > 1 else torch.zeros_like(objects)
         deltas = deltas[:, torch.arange(len(objects), device=objects.device), slot]
+        if predictor.use_sigmoid_ce:
+            classes = [predictor.sigmoid_cross_entropy_loss(own, gt_classes) for own in logits]
+            classes = torch.stack(classes)
+        else:
+            labels = gt_classes.expand(len(logits), -1)
+            classes = F.cross_entropy(logits.mT, labels, reduction="none").mean(1)
+        location = box_losses(predictor, boxes, matched, deltas) / len(gt_classes)
         scale = predictor.loss_weight
-        total = 0.0
-        for weight, own_logits, own_deltas in zip(weights, logits, deltas, strict=True):
-            if predictor.use_sigmoid_ce:
-                classes = predictor.sigmoid_cross_entropy_loss(own_logits, gt_classes)
-            else:
-                classes = F.cross_entropy(own_logits, gt_classes)
-            location = _dense_box_regression_loss(
-                [boxes],
-                predictor.box2box_transform,
-                [own_deltas.unsqueeze(0)],
-                [matched],
-                ...,
-                box_reg_loss_type=predictor.box_reg_loss_type,
-                smooth_l1_beta=predictor.smooth_l1_beta,
-            ) / len(gt_classes)
-            total = total + weight * (
-                scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
-            )
-        return total
+        losses = scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
+        return weighted_sum(losses, weights)
 
     def _roi_features(
         self,
@@ -322,49 +301,6 @@ def equal_poolers(own: ROIPooler, other: ROIPooler) -> bool:
     if type(own) is not type(other) or any(getattr(own, k) != getattr(other, k) for k in same):
         return False
     return [repr(p) for p in own.level_poolers] == [repr(p) for p in other.level_poolers]
-
-
-def gather_patches(feature_map: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """3x3 patches around positions, zero outside the map, as a conv with padding 1 sees them.
-
-    Args:
-        feature_map: (B, C, H, W).
-        image, y, x: (P,) long each.
-
-    Returns:
-        (P, 9, C), rows first.
-    """
-    height, width = feature_map.shape[-2:]
-    offset = torch.arange(-1, 2, device=y.device)
-    ys = (y[:, None] + offset).repeat_interleave(3, dim=1)  # (P, 9)
-    xs = (x[:, None] + offset).repeat(1, 3)
-    inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
-    position = ys.clamp(0, height - 1) * width + xs.clamp(0, width - 1)
-    patches = _Columns.apply(feature_map.flatten(2), image[:, None].expand_as(position), position)
-    return patches * inside[..., None].to(patches.dtype)
-
-
-class _Columns(torch.autograd.Function):
-    """Columns of maps (B, C, H * W): (..., C) from the image and position of each, both (...).
-
-    The gradient has the layout of the maps, so that it adds up quickly with that of other readers.
-    """
-
-    @staticmethod
-    def forward(ctx, maps, image, position):
-        ctx.save_for_backward(image, position)
-        ctx.shape = maps.shape
-        return maps[image, :, position]
-
-    @staticmethod
-    def backward(ctx, upstream):
-        image, position = ctx.saved_tensors
-        _, channels, size = ctx.shape
-        start = image * (channels * size) + position
-        index = start[..., None] + size * torch.arange(channels, device=start.device)
-        maps = upstream.new_zeros(ctx.shape)
-        maps.view(-1).scatter_add_(0, index.flatten(), upstream.flatten())
-        return maps, None, None
 
 
 def projected(pooled: Tensor, estimates: FactoredEstimates) -> Tensor:
