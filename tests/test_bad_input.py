@@ -92,6 +92,10 @@ CASES = {
         ["MODEL.ERA.SCALES", "[1.0, 0.5]"], ["MODEL.ERA.SCALES", "2", "MODEL.ERA.NUM_BRANCHES", "4"]),
     "unknown method": (["MODEL.DISTILLER.METHODS", "['ERAA']"], ["MODEL.DISTILLER.METHODS", "ERAA", "ERA"]),
     "method named twice": (["MODEL.DISTILLER.METHODS", "['ERA', 'ERA']"], ["twice"]),
+    "unknown layout": (
+        ["MODEL.TEACHER.CHANNELS_LAST", "sometimes"],
+        ["MODEL.TEACHER.CHANNELS_LAST", "sometimes", "auto"],
+    ),
     "unknown norm": (["MODEL.ERA.NORM", "LN"], ["MODEL.ERA.NORM", "LN", "SyncBN"]),
     "alpha above 1": (["MODEL.ERA.ALPHA", "1.5"], ["MODEL.ERA.ALPHA", "1.5", "0", "1"]),
     "alpha below 0": (["MODEL.ERA.ALPHA", "-0.1"], ["MODEL.ERA.ALPHA"]),

@@ -102,14 +102,18 @@ def test_channels_last_and_compile_change_no_number(monkeypatch):
     # tracing only: generating and compiling C++ takes minutes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     inputs = batch((1, 1))
-    plain = tiny_model()
+    plain = tiny_model("era", "MODEL.TEACHER.CHANNELS_LAST", "never")
     images = plain.student.preprocess_image(inputs)
     like = plain.student.backbone(images.tensor)
     expected = plain.teacher.features(inputs, like, images.tensor.shape[-2:])
     other = tiny_model(
-        "era", "MODEL.TEACHER.CHANNELS_LAST", "True", "MODEL.TEACHER.COMPILE", "True"
+        "era", "MODEL.TEACHER.CHANNELS_LAST", "always", "MODEL.TEACHER.COMPILE", "True"
     )
     found = other.teacher.features(inputs, like, images.tensor.shape[-2:])
     for level, value in expected.items():
         torch.testing.assert_close(found[level], value, rtol=1e-4, atol=1e-4)
+        assert found[level].is_contiguous()
     assert other.teacher.sha256 == plain.teacher.sha256
+    formats = [m.teacher.memory_format for m in (plain, other, tiny_model())]
+    assert formats[0] == torch.contiguous_format and formats[1] == torch.channels_last
+    assert formats[2] == torch.channels_last, "auto, on a CPU"

@@ -277,7 +277,7 @@ def test_own_datasets_are_known_to_the_catalogs(tiny_data, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_hundred_steps_of_half_precision_stay_finite(dtype):
     """All losses on, at a learning rate that moves the weights; float16 with its loss scaling."""
-    options = ["MODEL.ERA.KD_WEIGHT", "1.0", "MODEL.TEACHER.CHANNELS_LAST", "True"]
+    options = ["MODEL.ERA.KD_WEIGHT", "1.0", "MODEL.TEACHER.CHANNELS_LAST", "always"]
     model = tiny_model("era", *options).train()
     trainer = StepTrainer(
         model,

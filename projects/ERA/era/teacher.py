@@ -29,7 +29,7 @@ class Teacher(nn.Module):
         input_format: channel order that the model expects, ``BGR`` or ``RGB``.
         received_format: channel order of the images that it will be given.
         source: config file and weights as the user named them, for logs and checkpoints.
-        channels_last: memory format of the backbone and its input.
+        channels_last: memory layout of the backbone and its input.
         compile_backbone: run the backbone through ``torch.compile`` in :meth:`features`.
     """
 
@@ -46,8 +46,7 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        model.backbone.to(memory_format=self.memory_format)
+        self.lay_out(channels_last=channels_last)
         # in a tuple: torch.compile's wrapper must not become a submodule and rename the weights
         self._backbone = (
             torch.compile(model.backbone, dynamic=True) if compile_backbone else model.backbone,
@@ -93,9 +92,15 @@ class Teacher(nn.Module):
             "input_format": formats["teacher"],
             "received_format": formats["student"],
             "source": {"config_file": keys.CONFIG_FILE, "weights": keys.WEIGHTS},
-            "channels_last": keys.CHANNELS_LAST,
+            "channels_last": keys.CHANNELS_LAST == "always"
+            or (keys.CHANNELS_LAST == "auto" and torch.device(cfg.MODEL.DEVICE).type == "cpu"),
             "compile_backbone": keys.COMPILE,
         }
+
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Put the backbone's weights, and from now on its input, into this memory layout."""
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.backbone.to(memory_format=self.memory_format)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode, whatever is asked for."""
@@ -146,7 +151,7 @@ class Teacher(nn.Module):
             image_size: height and width in pixels of the student's padded batch.
 
         Returns:
-            Level name to (B, C_T, H, W). Padding is at the bottom and right, so a cut keeps alignment.
+            Level name to (B, C_T, H, W), contiguous. Padding is at the bottom and right, so a cut keeps alignment.
 
         Raises:
             ValueError: a teacher's map is smaller than the student's (strides differ).
@@ -163,7 +168,8 @@ class Teacher(nn.Module):
                     f"level {level}: teacher {tuple(value.shape[-2:])} is smaller than the student's "
                     f"{(height, width)}"
                 )
-            features[level] = value[..., :height, :width]
+            # once: pooling needs it so, and the losses are faster on the student's layout
+            features[level] = value[..., :height, :width].contiguous()
         return features
 
     @torch.no_grad()

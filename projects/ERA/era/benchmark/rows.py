@@ -32,7 +32,7 @@ PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor",
 REFERENCE, FAST = "ERA reference", "ERA fast"
 INFERENCE = "inference: student"
 CHANNELS_LAST, COMPILE = "channels-last", "torch.compile"
-TEACHER_OPTIONS = {CHANNELS_LAST: {"channels_last": True}, COMPILE: {"compile_backbone": True}}
+COMPILED_TEACHER = f"{TEACHER}, {COMPILE} on"
 MIMIC_KEYS = (
     "NUM_BRANCHES", 0,
     "SCALES", [],
@@ -104,6 +104,7 @@ class Bench:
         check_student(self.student)
         tame_random_weights(self.student)
         self.teacher = Teacher(cfg)
+        self.channels_last = self.teacher.memory_format == torch.channels_last
         check_classes(self.student, self.teacher)
         self._optimizer_state = defaultdict(dict)
         self.equal_heads = True
@@ -183,27 +184,24 @@ class Bench:
 
         return step
 
-    def other_teacher(self, **options: bool) -> Teacher:
-        """A copy of the teacher with other speed options, see :class:`era.teacher.Teacher`."""
-        return Teacher(
-            model=copy.deepcopy(self.teacher.model),
-            input_format="BGR",
-            received_format="RGB" if self.teacher.flip_channels else "BGR",
-            source=self.teacher.source,
-            **options,
-        )
-
     def era_row(
-        self, name: str, inputs: list[dict], method: ERA, teacher: Teacher | None = None
+        self, name: str, inputs: list[dict], method: ERA, *, channels_last: bool | None = None
     ) -> Row:
-        """A distiller's training step."""
+        """A distiller's training step.
+
+        Args:
+            channels_last: the teacher's memory layout; None for the config's.
+        """
         methods = nn.ModuleDict({"era": method})
-        model = Distiller(student=self.student, teacher=teacher or self.teacher, methods=methods)
-        return Row(name, self.training_step(model, inputs), self._preparation(model, training=True))
+        model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
+        if channels_last is None:
+            channels_last = self.channels_last
+        prepare = self._preparation(model, training=True, channels_last=channels_last)
+        return Row(name, self.training_step(model, inputs), prepare)
 
     def plain_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
-        """Plain student step, teacher forward, and both one after the other: the floor. And the teacher
-        forward with each speed option of ``MODEL.TEACHER``."""
+        """Plain student step, teacher forward as Detectron2 runs it, and both one after the other: the
+        floor. And the teacher forward with each speed option of ``MODEL.TEACHER``."""
         images = self.student.preprocess_image(inputs)
         with torch.no_grad():
             maps = self.student.backbone(images.tensor)
@@ -225,14 +223,22 @@ class Bench:
             student_step()
             forward()
 
-        def other(key: str) -> Row:
-            name = f"{TEACHER}, {key} on"
-            teacher = self.other_teacher(**TEACHER_OPTIONS[key])
-            return Row(name, teacher_step(teacher), prepare)
+        def compiled() -> Row:
+            teacher = Teacher(
+                model=copy.deepcopy(self.teacher.model),
+                input_format="BGR",
+                received_format="RGB" if self.teacher.flip_channels else "BGR",
+                source=self.teacher.source,
+                compile_backbone=True,
+            )
+            return Row(COMPILED_TEACHER, teacher_step(teacher), prepare)
 
         steps = {PLAIN: student_step, TEACHER: forward, FLOOR: both}
         rows = {name: lambda n=name: Row(n, steps[n], prepare) for name in steps}
-        rows |= {f"{TEACHER}, {key} on": lambda k=key: other(k) for key in TEACHER_OPTIONS}
+        laid_out = self._preparation(self.student, training=True, channels_last=True)
+        name = f"{TEACHER}, {CHANNELS_LAST} on"
+        rows[name] = lambda: Row(name, forward, laid_out)
+        rows[COMPILED_TEACHER] = compiled
         return rows
 
     def inference_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
@@ -261,8 +267,11 @@ class Bench:
         anchors = sum(int((labels >= 0).sum()) for labels in recording.anchor_labels)
         return anchors, sum(len(p) for p in recording.proposals)
 
-    def _preparation(self, model: nn.Module, *, training: bool) -> Callable[[], None]:
+    def _preparation(
+        self, model: nn.Module, *, training: bool, channels_last: bool = False
+    ) -> Callable[[], None]:
         def prepare() -> None:
+            self.teacher.lay_out(channels_last=channels_last)
             self.student.zero_grad(set_to_none=True)
             model.train(training)
             torch.manual_seed(2)  # every row samples the same anchors and proposals
@@ -284,7 +293,12 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
         )
 
     add(MIMIC, *MIMIC_KEYS)
-    add(REFERENCE, kind=PlainLossERA, plain_heads=True)
+    found.makers[REFERENCE] = lambda: bench.era_row(
+        REFERENCE,
+        inputs,
+        bench.method(kind=PlainLossERA, plain_heads=True),
+        channels_last=False,
+    )
     add(FAST)
     if era.TWI.RPN_WEIGHT > 0:
         add(f"{FAST}, sparse RPN pass off", sparse_rpn=False)
@@ -301,12 +315,9 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
     else:
         found.notes.append("MODEL.ERA.HIDDEN_CHANNELS is 0: narrow branches are off.")
     add(f"{FAST}, narrow residual loss off", kind=PlainLossERA)
-    channels_last = TEACHER_OPTIONS[CHANNELS_LAST]
-    found.makers[f"{FAST}, teacher {CHANNELS_LAST} on"] = lambda: bench.era_row(
-        f"{FAST}, teacher {CHANNELS_LAST} on",
-        inputs,
-        bench.method(),
-        bench.other_teacher(**channels_last),
+    switch = f"{FAST}, teacher {CHANNELS_LAST} {'off' if bench.channels_last else 'on'}"
+    found.makers[switch] = lambda: bench.era_row(
+        switch, inputs, bench.method(), channels_last=not bench.channels_last
     )
     add(f"{FAST}, MBRNet {COMPILE} on", "COMPILE", True)
     add(f"{FAST}, without TWI RPN loss", "TWI.RPN_WEIGHT", 0.0)
