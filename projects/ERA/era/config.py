@@ -45,7 +45,7 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.TEACHER.ALLOW_RANDOM = False
 
     # Memory layout of the teacher's backbone alone: auto, always or never. auto is on on a CPU, where it
-    # measured 0.8 of the time (docs/performance.md), and off on a GPU, where it is not measured.
+    # measured 0.80 to 0.87 of the time (docs/performance.md), and off on a GPU: not measured there.
     _C.MODEL.TEACHER.CHANNELS_LAST = "auto"
     # Run the teacher's backbone through torch.compile; needs a C++ compiler.
     _C.MODEL.TEACHER.COMPILE = False
