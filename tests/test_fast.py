@@ -308,19 +308,15 @@ def test_chosen_proposals_stand_for_all():
     chosen = chosen_proposals(step, 8, 4)
     assert chosen.rows.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
     assert [len(p) for p in chosen.proposals] == [4, 4]
-    foreground, background = chosen.strata
-    assert foreground.share == pytest.approx(5 / 14) and background.share == pytest.approx(9 / 14)
-    assert foreground.indices.tolist() == [0, 1, 2, 4] and background.indices.tolist() == [
-        3,
-        5,
-        6,
-        7,
-    ]
+    shares = [s.share for s in chosen.strata]
+    assert shares == pytest.approx([4 / 14, 4 / 14, 1 / 14, 5 / 14])
+    assert [s.indices.tolist() for s in chosen.strata] == [[0, 1, 2], [3], [4], [5, 6, 7]]
+    assert [s.is_foreground for s in chosen.strata] == [True, False, True, False]
     classes = torch.cat([p.gt_classes for p in chosen.proposals])
     for stratum in chosen.strata:
         own = torch.cat([p.gt_classes for p in stratum.proposals])
         assert torch.equal(own, classes[stratum.indices])
-    assert background.proposals[0].proposal_boxes.tensor[0].tolist() == [4, 4, 13, 13]
+    assert chosen.strata[1].proposals[0].proposal_boxes.tensor.tolist() == [[4, 4, 13, 13]]
     assert chosen_proposals(step, 8, 4) is chosen  # once a step
 
 

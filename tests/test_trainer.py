@@ -156,6 +156,7 @@ class Once:
 # Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch
 # are the mean of its images' losses.
 ALL_SAMPLED = [
+    "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0",  # which part is chosen is random
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
     "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
     "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",

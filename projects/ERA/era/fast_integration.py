@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from era.box_losses import box_losses, weighted_sum
 from era.losses import at_least_float32
 from era.mbrnet import FactoredEstimates
 from era.patches import gather_patches
-from era.proposal_choice import ChosenProposals
+from era.proposal_choice import ChosenProposals, Stratum
 from era.student import Recording
 from era.weight_integration import TeacherHeads
 
@@ -169,28 +169,29 @@ class FastTeacherHeads(TeacherHeads):
         """Of K estimates: logits (K, R, classes + 1) and deltas (K, R, 4 or 4 * classes)."""
         return sum(
             stratum.share
-            * self._stratum_loss(
-                *(x[:, stratum.indices] for x in predictions), stratum.proposals, weights
-            )
+            * self._stratum_loss(*(x[:, stratum.indices] for x in predictions), stratum, weights)
             for stratum in chosen.strata
         )
 
     def _stratum_loss(
-        self, logits: Tensor, deltas: Tensor, proposals: list[Instances], weights: list[float]
+        self, logits: Tensor, deltas: Tensor, stratum: Stratum, weights: list[float]
     ) -> Tensor:
         """Detectron2's class and box loss of K estimates on the same proposals, weighted and summed.
 
         Args:
             logits, deltas: (K, R, classes + 1) and (K, R, 4 or 4 * classes).
-            proposals: R in all images together, R > 0.
+            stratum: of R > 0 proposals.
         """
-        predictor = self.roi_heads.box_predictor
+        predictor, proposals = self.roi_heads.box_predictor, stratum.proposals
         gt_classes = torch.cat([p.gt_classes for p in proposals])
         boxes = torch.cat([p.proposal_boxes.tensor for p in proposals])
         matched = torch.cat(
             [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
         )
-        objects = (gt_classes < predictor.num_classes).nonzero(as_tuple=True)[0]
+        if stratum.is_foreground is None:
+            objects = (gt_classes < predictor.num_classes).nonzero(as_tuple=True)[0]
+        else:  # known without a GPU being waited for
+            objects = torch.arange(len(gt_classes) * stratum.is_foreground, device=logits.device)
         boxes, matched = boxes[objects], matched[objects]
         deltas = deltas[:, objects].unflatten(2, (-1, matched.shape[1]))  # (K, objects, K or 1, 4)
         slot = gt_classes[objects] if deltas.shape[2] > 1 else torch.zeros_like(objects)

@@ -2,9 +2,9 @@
 
 ``e_0`` is judged on all: it has the largest weight, and the student has pooled it already. To pool N more
 estimates is what Teacher Weight Integration costs, so for them a part can stand for the whole. It is a
-stratified sample: foreground, which carries the class and every box loss, is preferred, and each stratum's
-mean counts with the stratum's share of the whole. The expected loss of one image is then that of all its
-proposals; of several images, those count a little more of which a larger part was looked at.
+stratified sample of every image: foreground, which carries the class and every box loss, is preferred,
+and each stratum's mean counts with the stratum's share of the whole. The expected loss is then that of all
+proposals, and a batch split among processes gives the same loss as one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class Stratum:
         share: their stratum's part of the whole sample, 0 to 1; the shares add up to 1.
         indices: rows of the chosen proposals, long.
         proposals: the same as Instances, one an image.
+        is_foreground: whether all are objects (True) or none (False); None if both are among them.
     """
 
     share: float
     indices: Tensor
     proposals: list[Instances]
+    is_foreground: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class ChosenProposals:
     Attributes:
         proposals: one an image, with ``proposal_boxes``, ``gt_classes`` (and ``gt_boxes`` if any).
         rows: (R',) of the chosen in the student's sample, all images one after the other.
-        strata: one if everything was chosen, else foreground and background; empty ones are left out.
+        strata: one if everything was chosen, else foreground and background of every image; empty ones
+            are left out.
     """
 
     proposals: list[Instances]
@@ -84,7 +87,7 @@ def _choose(proposals: list[Instances], num_classes: int, count: int) -> ChosenP
         return ChosenProposals(proposals, rows, strata)
     is_background = [own.gt_classes == num_classes for own in proposals]
     totals = torch.stack([b.sum() for b in is_background]).tolist()  # one wait for a GPU
-    chosen, rows, bounds = [], [], []
+    chosen, rows, strata = [], [], []
     start = place = 0  # of an image in the whole sample, and among the chosen
     for own, background, size, total in zip(proposals, is_background, sizes, totals, strict=True):
         # a stable sort: foreground first, each part in its own order
@@ -93,19 +96,13 @@ def _choose(proposals: list[Instances], num_classes: int, count: int) -> ChosenP
         picked = torch.cat([order[:objects], order[size - total :][:others]])
         chosen.append(own[picked])
         rows.append(picked + start)
-        bounds.append((place, place + objects, place + objects + others))
-        start, place = start + size, bounds[-1][2]
-    share = sum(totals) / sum(sizes)
-    strata = [
-        Stratum(
-            1 - share,
-            torch.cat([torch.arange(a, b, device=device) for a, b, _ in bounds]),
-            [own[: b - a] for own, (a, b, _) in zip(chosen, bounds, strict=True)],
-        ),
-        Stratum(
-            share,
-            torch.cat([torch.arange(b, c, device=device) for _, b, c in bounds]),
-            [own[b - a :] for own, (a, b, _) in zip(chosen, bounds, strict=True)],
-        ),
-    ]
-    return ChosenProposals(chosen, torch.cat(rows), [s for s in strata if len(s.indices) > 0])
+        for is_foreground, members, begin, end in (
+            (True, size - total, 0, objects),
+            (False, total, objects, objects + others),
+        ):
+            if end > begin:
+                indices = torch.arange(place + begin, place + end, device=device)
+                part = [chosen[-1][begin:end]]
+                strata.append(Stratum(members / sum(sizes), indices, part, is_foreground))
+        start, place = start + size, place + objects + others
+    return ChosenProposals(chosen, torch.cat(rows), strata)
