@@ -7,8 +7,8 @@ import pytest
 import torch
 from builders import REPO, TINY, TINY_TEACHER, run_tool, tiny_model
 
+from era.engine.launch import train_net
 from era.errors import UserError
-from era.launch import train_net
 
 
 @pytest.fixture(scope="module")

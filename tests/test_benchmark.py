@@ -26,8 +26,8 @@ from era.benchmark.rows import (
     plan,
 )
 from era.config import load_config
-from era.distiller import Distiller
 from era.errors import UserError
+from era.modeling.distiller import Distiller
 
 CPU = torch.device("cpu")
 OPTS = [
@@ -45,7 +45,7 @@ SHORT = [*FLAGS, "--device", "cpu", "--repeats", "2", "--warmup", "1"]
 @pytest.fixture(scope="module", autouse=True)
 def _loggers():
     """The tool silences one logger for its process; put it back."""
-    logger = logging.getLogger("era.teacher")
+    logger = logging.getLogger("era.modeling.teacher")
     level = logger.level
     yield
     logger.setLevel(level)

@@ -13,13 +13,9 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from era.checkpoint import (
-    SafeCheckpointer,
-    load_exactly,
-    save_plain_student,
-    save_whole,
-    weights_hash,
-)
+from era.checkpoint.reading import SafeCheckpointer, load_exactly
+from era.checkpoint.student import save_plain_student
+from era.checkpoint.writing import save_whole, weights_hash
 from era.errors import UserError
 
 
@@ -120,7 +116,7 @@ def test_weights_must_fit_exactly(tmp_path, change, words):
 
 
 def test_what_a_training_checkpoint_holds(tmp_path):
-    from era.trainer import teacher_record
+    from era.engine.preflight import teacher_record
 
     model = tiny_model("era", teacher_opts=["MODEL.FPN.OUT_CHANNELS", "24"])
     SafeCheckpointer(model, str(tmp_path), **teacher_record(model)).save("m", iteration=3)

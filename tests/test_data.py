@@ -474,7 +474,7 @@ def test_real_coco_files():
     code = """
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
-from era.data.coco import check_datasets
+from era.data.datasets import check_datasets
 cfg = get_cfg()
 cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
 names = check_datasets(cfg, for_training=True)

@@ -10,7 +10,7 @@ import torch
 from deploy_case import FOLDER, ROOT, exported, run, source
 
 import era_runtime
-from era.checkpoint import strip_student
+from era.checkpoint.reading import strip_student
 from era.deploy.export import export, export_main
 from era.deploy.source import load_source
 from era.errors import UserError

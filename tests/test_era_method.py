@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from era.errors import UserError
-from era.methods.era import check_levels
+from era.methods.era.method import check_levels
 
 TERMS = {
     "loss_era_feature": "MODEL.ERA.FEATURE_WEIGHT",

@@ -11,15 +11,15 @@ from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regr
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from era.box_losses import box_losses
-from era.fast_integration import FastTeacherHeads, knows_rpn_head
 from era.losses import mse, residual_mse
-from era.mbrnet import FeatureEstimator, MBRNet
-from era.patches import gather_patches
-from era.proposal_choice import chosen_proposals, split
-from era.residual_loss import estimate_distances
-from era.student import Recording, record
-from era.weight_integration import TeacherHeads
+from era.methods.era.fast.box_losses import box_losses
+from era.methods.era.fast.heads import FastTeacherHeads, knows_rpn_head
+from era.methods.era.fast.patches import gather_patches
+from era.methods.era.fast.residual import estimate_distances
+from era.methods.era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.era.proposals import chosen_proposals, split
+from era.methods.era.twi import TeacherHeads
+from era.modeling.detectors.rcnn import Recording, record
 
 WEIGHTS = [1.0, 0.25, 0.125]
 
@@ -179,7 +179,7 @@ def test_images_without_objects_and_one_image(objects):
 @pytest.mark.parametrize("pays", [True, False])
 def test_folded_or_not_the_numbers_are_the_same(pays, monkeypatch):
     """Whichever way round is less arithmetic at a size, both are right."""
-    monkeypatch.setattr("era.fast_integration.folding_pays", lambda *_: pays)
+    monkeypatch.setattr("era.methods.era.fast.heads.folding_pays", lambda *_: pays)
     assert_default_equals_reference((2, 1))
 
 

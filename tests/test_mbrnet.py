@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 
 
 def linear_mbrnet(gains, accumulated):

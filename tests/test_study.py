@@ -6,7 +6,7 @@ import pytest
 from builders import REPO
 
 from era.errors import UserError
-from era.study import STUDIES, choose, equal_time_variant, main, make_runs, markdown, summarise
+from era.study.cli import STUDIES, choose, equal_time_variant, main, make_runs, markdown, summarise
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from builders import batch, tiny_cfg, tiny_model
 from detectron2.structures import Boxes, Instances
 
 from era.errors import UserError
-from era.teacher import Teacher
+from era.modeling.teacher import Teacher
 
 
 def test_images_are_preprocessed_for_each_model():

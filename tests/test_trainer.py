@@ -13,9 +13,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from era.data.toy import ToySpec, generate
+from era.engine.launch import argument_parser
+from era.engine.preflight import check_data, setup_config
+from era.engine.schedule import amp_dtype, scale_to_world
+from era.engine.trainer import StepTrainer, Trainer
 from era.errors import UserError
-from era.launch import argument_parser, setup_config
-from era.trainer import StepTrainer, Trainer, amp_dtype, check_data, scale_to_world
 
 SPEC = ToySpec(train_images=12, val_images=4, image_size=64)
 
@@ -253,7 +255,7 @@ def test_another_number_of_processes_rescales(caplog):
     cfg = tiny_cfg("plain", "SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.IMS_PER_BATCH", "16",
                    "SOLVER.BASE_LR", "0.02", "SOLVER.MAX_ITER", "90000",
                    "SOLVER.STEPS", "(60000, 80000)")  # fmt: skip
-    with caplog.at_level("INFO", logger="era.trainer"):
+    with caplog.at_level("INFO", logger="era.engine"):
         one = scale_to_world(cfg, 1).SOLVER
     assert (one.IMS_PER_BATCH, one.BASE_LR, one.MAX_ITER) == (2, 0.0025, 720000)
     assert one.STEPS == (480000, 640000)

@@ -7,7 +7,7 @@ import warnings
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 
 from era.benchmark.cli import main  # noqa: E402
-from era.launch import run_main  # noqa: E402
+from era.engine.launch import run_main  # noqa: E402
 
 if __name__ == "__main__":
     run_main(main)

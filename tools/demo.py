@@ -8,7 +8,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 
 from era.demo.cli import main  # noqa: E402
-from era.launch import run_main  # noqa: E402
+from era.engine.launch import run_main  # noqa: E402
 
 if __name__ == "__main__":
     run_main(lambda: main(root=Path(__file__).resolve().parent.parent))

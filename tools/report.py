@@ -6,7 +6,7 @@ import warnings
 # Of Detectron2's model zoo; known, and no concern of who reads a report.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
 
-from era.launch import run_main  # noqa: E402
+from era.engine.launch import run_main  # noqa: E402
 from era.report.cli import report_main  # noqa: E402
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from era.launch import run_main
-from era.study import main
+from era.engine.launch import run_main
+from era.study.cli import main
 
 if __name__ == "__main__":
     run_main(lambda: main(root=Path(__file__).resolve().parent.parent))

@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet() -> None:
     """Leave out what is known and meant: random weights, and torch's word about Detectron2's code."""
-    logging.getLogger("era.teacher").setLevel(logging.ERROR)
+    logging.getLogger("era.modeling.teacher").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="torch.meshgrid|Warning: Profiler clears events")
 
 

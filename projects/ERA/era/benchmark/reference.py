@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from era.fast_integration import FastTeacherHeads
 from era.losses import level_mean, mse, residual_mse
-from era.methods import ERA, DistillationStep
+from era.methods import ERA
+from era.methods.era.fast.heads import FastTeacherHeads
+from era.modeling.step import DistillationStep
 
 
 class PlainLossERA(ERA):
     """ERA with its feature and residual losses by plain autograd on the wide maps ``d_i``, ``e_i``.
 
-    With plain :class:`era.weight_integration.TeacherHeads` as judges, nothing is factored, sparse or stacked: the reference.
+    With plain :class:`era.methods.era.twi.TeacherHeads` as judges, nothing is factored, sparse or stacked: the reference.
     """
 
     def losses(self, step: DistillationStep) -> dict[str, Tensor]:

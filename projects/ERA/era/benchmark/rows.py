@@ -18,14 +18,14 @@ from torch import nn
 
 from era.benchmark.reference import PlainLossERA
 from era.config import student_config
-from era.distiller import Distiller, check_classes
+from era.engine.trainer import StepTrainer
 from era.errors import UserError
-from era.fast_integration import FastTeacherHeads
 from era.methods import ERA
-from era.student import check_student, record
-from era.teacher import Teacher, tame_random_weights
-from era.trainer import StepTrainer
-from era.weight_integration import TeacherHeads, check_equal_heads
+from era.methods.era.fast.heads import FastTeacherHeads
+from era.methods.era.twi import TeacherHeads, check_equal_heads
+from era.modeling.detectors.rcnn import check_student, record
+from era.modeling.distiller import Distiller, check_classes
+from era.modeling.teacher import Teacher, tame_random_weights
 
 OBJECTS_PER_IMAGE = 8
 PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor", "feature mimic"
@@ -167,7 +167,7 @@ class Bench:
         return kind(**arguments).to(self.device)
 
     def training_step(self, model: nn.Module, inputs: list[dict]) -> Callable[[], None]:
-        """One optimiser step of a model as :class:`era.trainer.StepTrainer` does it."""
+        """One optimiser step of a model as :class:`era.engine.trainer.StepTrainer` does it."""
         optimizer = build_optimizer(self.cfg, model)
         optimizer.state = self._optimizer_state  # one momentum a student weight, whatever the rows
         trainer = StepTrainer(

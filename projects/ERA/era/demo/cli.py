@@ -22,9 +22,9 @@ from era.demo import figures, measure, pictures, table
 from era.demo.progress import Screen, duration
 from era.demo.runs import Run, make_runs, prepare_folder
 from era.demo.schedule import State, execute
+from era.engine.preflight import check_data
 from era.errors import UserError
 from era.report import demo as report_page
-from era.trainer import check_data
 
 DESCRIPTION = """\
 See distillation at work on a small generated dataset, on two CPU cores.

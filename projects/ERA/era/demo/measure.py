@@ -16,8 +16,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from era.demo.runs import Run
-from era.launch import build_for_evaluation
-from era.trainer import STUDENT_FOLDER
+from era.engine.preflight import build_for_evaluation
+from era.engine.trainer import STUDENT_FOLDER
 
 IMAGES = 40  # per model
 WARM_UP = 5  # images per model whose time does not count

@@ -17,8 +17,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from era.config import load_config, validate_config
+from era.engine.trainer import STUDENT_FOLDER
 from era.errors import UserError
-from era.trainer import STUDENT_FOLDER
 
 MARKER = ".era-demo"  # lies in every folder that the demo made itself
 STAMP = "demo_run.json"  # lies in every run's folder once that run is complete

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from era.config import find_config_file, load_config
 from era.data import toy
-from era.data.coco import register_from_config
+from era.data.datasets import register_from_config
 from era.deploy.export import add_source_arguments
 from era.deploy.parity import sample_images
 from era.deploy.source import load_source

@@ -13,12 +13,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, GeneralizedRCNN, build_model
 from torch import Tensor, nn
 
-from era.checkpoint import SafeCheckpointer, load_exactly
+from era.checkpoint.reading import SafeCheckpointer, load_exactly
 from era.config import load_config, student_config
-from era.distiller import Distiller
 from era.errors import UserError
-from era.mbrnet import FeatureEstimator
-from era.teacher import teacher_config
+from era.methods.era.mbrnet import FeatureEstimator
+from era.modeling.distiller import Distiller
+from era.modeling.teacher import teacher_config
 
 
 class EstimatingBackbone(Backbone):
@@ -62,7 +62,7 @@ class EstimatingBackbone(Backbone):
 def compose_alpha_1(distiller: Distiller) -> GeneralizedRCNN:
     """The detector of alpha 1 as an ordinary model, in eval mode.
 
-    It computes what :class:`era.inference.BlendedDetector` computes at alpha 1. The teacher's heads are
+    It computes what :class:`era.methods.era.inference.BlendedDetector` computes at alpha 1. The teacher's heads are
     copied and get the student's test settings; its backbone is not in the model.
 
     Raises:
@@ -132,7 +132,7 @@ class EagerBackend:
     """An eager model behind :class:`era_runtime.Predictor`; takes batches of any size.
 
     Args:
-        model: ``GeneralizedRCNN`` or :class:`~era.distiller.Distiller`, in eval mode.
+        model: ``GeneralizedRCNN`` or :class:`~era.modeling.distiller.Distiller`, in eval mode.
     """
 
     max_batch = None

@@ -13,13 +13,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
-from era.checkpoint import misfits
+from era.checkpoint.reading import misfits
 from era.config import load_config, student_config, validate_config
-from era.data.coco import register_from_config
+from era.data.datasets import register_from_config
 from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
+from era.engine.preflight import teacher_record
 from era.errors import UserError
-from era.student import check_student
-from era.trainer import teacher_record
+from era.modeling.detectors.rcnn import check_student
 from era_runtime import Predictor
 from era_runtime.preprocess import InputRules
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN
@@ -12,37 +10,14 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.student import Recording
-from era.teacher import Teacher
+from era.modeling.step import DistillationStep
+from era.modeling.teacher import Teacher
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 METHOD_REGISTRY.__doc__ = """
 Distillation methods by name. An entry is called with ``(cfg, student, teacher)`` and returns a
 :class:`Method`; ``MODEL.DISTILLER.METHODS`` lists the names.
 """
-
-
-@dataclass
-class DistillationStep:
-    """One training step as the methods see it; everything is computed once for all of them.
-
-    Attributes:
-        student: what the student's own forward produced, see :class:`era.student.Recording`.
-        teacher: the frozen teacher.
-        teacher_features: its FPN maps of the same images, level name to (B, C_T, H, W), no gradient;
-            height and width equal the student's.
-    """
-
-    student: Recording
-    teacher: Teacher
-    teacher_features: dict[str, Tensor]
-
-    @cached_property
-    def teacher_predictions(self) -> tuple[Tensor, Tensor]:
-        """The teacher's ROI class logits (R, K + 1) and deltas (R, 4K or 4), without gradient, on the
-        STUDENT's sampled proposals and the teacher's own features, so that rows align with
-        ``student.roi_predictions``. Computed when first asked for."""
-        return self.teacher.predict_rois(self.teacher_features, self.student.proposals)
 
 
 class Method(nn.Module):

@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from era.engine.preflight import check_data
 from era.errors import UserError
 from era.report.runs import ReportRun
-from era.trainer import check_data
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # COCO's names for sizes, by the area of the object in pixels of the original image.

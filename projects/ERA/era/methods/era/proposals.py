@@ -15,7 +15,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from era.student import Recording
+from era.modeling.detectors.rcnn import Recording
 
 FOREGROUND_PART = 0.75  # of the proposals that are looked at, at most so many are foreground
 

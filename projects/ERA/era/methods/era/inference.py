@@ -8,8 +8,8 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from era.mbrnet import FeatureEstimator
-from era.weight_integration import roi_predictions, rpn_predictions
+from era.methods.era.mbrnet import FeatureEstimator
+from era.methods.era.twi import roi_predictions, rpn_predictions
 
 
 class BlendedDetector:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32
-from era.proposal_choice import ChosenProposals, chosen_proposals
-from era.student import Recording
+from era.methods.era.proposals import ChosenProposals, chosen_proposals
+from era.modeling.detectors.rcnn import Recording
 
 
 class TeacherHeads:
@@ -75,7 +75,7 @@ class TeacherHeads:
         Returns:
             Scalar: Detectron2's ``loss_cls + loss_box_reg`` with the teacher's loss settings; of ``e_0`` on
             all proposals, of the other estimates on ``proposals_per_image``, see
-            :mod:`era.proposal_choice`.
+            :mod:`era.methods.era.proposals`.
         """
         total = 0.0
         for i, (weight, estimate) in enumerate(zip(weights, estimates, strict=True)):

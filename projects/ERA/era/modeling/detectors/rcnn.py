@@ -34,7 +34,7 @@ class Recording:
         proposals: per image, the sampled proposals with ``gt_classes`` (and ``gt_boxes`` if any).
         roi_features: the box pooler's output on those proposals, (R, C_S, P, P), with gradient.
         roi_predictions: class logits (R, K + 1) and box deltas (R, 4K or 4), with gradient.
-        chosen: what :func:`era.proposal_choice.chosen_proposals` chose of ``proposals``, by count.
+        chosen: what :func:`era.methods.era.proposals.chosen_proposals` chose of ``proposals``, by count.
     """
 
     images: ImageList = None

@@ -16,15 +16,16 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from era.errors import UserError
-from era.fast_integration import FastTeacherHeads
-from era.inference import BlendedDetector
 from era.losses import kd_loss, level_mean
-from era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
-from era.methods.base import METHOD_REGISTRY, DistillationStep, Method
-from era.proposal_choice import chosen_proposals
-from era.residual_loss import estimate_distances
-from era.teacher import Teacher
-from era.weight_integration import check_equal_heads, check_teacher_heads
+from era.methods.base import METHOD_REGISTRY, Method
+from era.methods.era.fast.heads import FastTeacherHeads
+from era.methods.era.fast.residual import estimate_distances
+from era.methods.era.inference import BlendedDetector
+from era.methods.era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
+from era.methods.era.proposals import chosen_proposals
+from era.methods.era.twi import check_equal_heads, check_teacher_heads
+from era.modeling.step import DistillationStep
+from era.modeling.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

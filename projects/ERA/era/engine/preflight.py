@@ -1,102 +1,35 @@
-"""What ``tools/train_net.py`` does: set up, check everything that can be checked first, then run."""
+"""What is checked before a process is spawned or a file is written."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.modeling import build_model
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from era.checkpoint import SafeCheckpointer
+from era.checkpoint.reading import SafeCheckpointer
+from era.checkpoint.teacher import TeacherRecord
 from era.config import load_config, student_config, validate_config
-from era.distiller import Distiller
+from era.data.datasets import check_datasets, check_num_classes, register_from_config
+from era.engine.schedule import scale_to_world
 from era.errors import UserError
-from era.trainer import (
-    Trainer,
-    check_data,
-    evaluate,
-    evaluate_teacher,
-    scale_to_world,
-    teacher_record,
-    wants_inheritance,
-)
+from era.modeling.distiller import Distiller
 
 logger = logging.getLogger(__name__)
-
-EXIT_USER_ERROR = 2
-
-EPILOG = """
-examples:
-  distil on 8 GPUs:        %(prog)s --config-file configs/era_r101_r50.yaml --num-gpus 8
-  the same on one GPU:     %(prog)s --config-file configs/era_r101_r50.yaml SOLVER.ACCUMULATION_STEPS 8
-  on the CPU, shortened:   %(prog)s --config-file configs/toy/era.yaml SOLVER.MAX_ITER 20
-  go on after a stop:      %(prog)s --config-file ... --resume
-  evaluate:                %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-  another alpha:           ... --eval-only MODEL.WEIGHTS output/model_final.pth MODEL.ERA.ALPHA 1.0
-
-Trailing KEY VALUE pairs override the config; README.md lists this project's keys.
-"""
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command-line tool's main; a user's mistake becomes one sentence and exit status 2."""
-    try:
-        sys.exit(main() or 0)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's launcher flags, with this project's examples."""
-    parser = default_argument_parser(epilog=EPILOG)
-    parser.description = (
-        "Train or evaluate: distilled students, teachers and plain baselines, by config."
-    )
-    return parser
-
-
-def train_net(argv: list[str] | None = None) -> None:
-    """Parse, check, launch.
-
-    Everything that can be wrong is checked here, before a process is spawned or a file is written.
-
-    Raises:
-        UserError: one sentence for a user's mistake.
-    """
-    args = argument_parser().parse_args(argv)
-    setup_logger(name="era")
-    cfg = setup_config(args)
-    preflight(cfg, args)
-    try:
-        launch(
-            run_process,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as e:  # a spawned process told its user error and left
-        sys.exit(e.exit_code)
 
 
 def setup_config(args: argparse.Namespace) -> CfgNode:
     """The run's config: file, overrides, the device at hand, scaled to the processes at work.
 
     Raises:
-        UserError: see :mod:`era.config` and :func:`era.trainer.scale_to_world`.
+        UserError: see :mod:`era.config` and :func:`era.engine.schedule.scale_to_world`.
     """
     if args.num_gpus < 1 or args.num_machines < 1:
         raise UserError(
@@ -168,6 +101,18 @@ def _quiet(*names: str):
             logging.getLogger(name).setLevel(level)
 
 
+def check_data(cfg: CfgNode, *, for_training: bool) -> None:
+    """Register datasets of one's own and check all that the config names.
+
+    Raises:
+        UserError: see :mod:`era.data.datasets`.
+    """
+    register_from_config(cfg)
+    class_names = check_datasets(cfg, for_training=for_training)
+    if class_names is not None:
+        check_num_classes(class_names, student_config(cfg).MODEL.ROI_HEADS.NUM_CLASSES, "student")
+
+
 def check_writable(folder: str) -> None:
     """A folder in which files can be made; nothing is left behind.
 
@@ -217,36 +162,12 @@ def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
     return model
 
 
-def run_process(args: argparse.Namespace) -> dict | None:
-    """One process of a run: train, or evaluate only. Called by the launcher in every process.
+def teacher_record(model: nn.Module) -> dict[str, TeacherRecord]:
+    """The teacher's entry for a checkpointer of ``model``; empty for a plain model."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"teacher": TeacherRecord(model.teacher)} if isinstance(model, Distiller) else {}
 
-    Returns:
-        The last evaluation's metrics on the main process.
-    """
-    try:
-        cfg = setup_config(args)
-        check_data(cfg, for_training=not args.eval_only)  # datasets are registered in every process
-        if cfg.MODEL.DEVICE == "cpu":
-            # Subnormal gradients, such as early in training, make torchvision's ROIAlign 10 to 20 times slower.
-            torch.set_flush_denormal(True)
-        default_setup(cfg, args)
-        logging.getLogger("era").handlers.clear()  # from here on it writes into the run's log too
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="era")
-        if args.eval_only:
-            model = build_for_evaluation(cfg, resume=args.resume)
-            results = evaluate(cfg, model)
-            if cfg.TEST.EVAL_TEACHER and isinstance(model, Distiller):
-                results["teacher"] = evaluate_teacher(cfg, model)
-            return results
-        if wants_inheritance(cfg):
-            logger.info("The student will inherit the teacher's heads (INIT_STUDENT True).")
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        return getattr(trainer, "_last_eval_results", None)
-    except UserError as e:
-        if comm.get_world_size() == 1:
-            raise
-        if comm.is_main_process():
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+
+def wants_inheritance(cfg: CfgNode) -> bool:
+    """Whether the student is to start from the teacher's heads."""
+    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.MODEL.ERA.TWI.INIT_STUDENT

@@ -14,17 +14,16 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from era.checkpoint import SafeCheckpointer, save_plain_student
-from era.config import student_config
-from era.data.coco import check_datasets, check_num_classes, register_from_config
-from era.distiller import Distiller
-from era.errors import UserError
-from era.teacher import TeacherRecord
+from era.checkpoint.reading import SafeCheckpointer
+from era.checkpoint.student import save_plain_student
+from era.engine.evaluation import BoxEvaluator, evaluate, evaluate_teacher
+from era.engine.preflight import teacher_record, wants_inheritance
+from era.engine.schedule import amp_dtype, scale_to_world
+from era.modeling.distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class Trainer(DefaultTrainer):
     without running pickled code, evaluates on COCO, and leaves a plain student behind.
 
     Args:
-        cfg: config after :func:`era.launch.setup_config`.
+        cfg: config after :func:`era.engine.launch.setup_config`.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -181,16 +180,6 @@ class Trainer(DefaultTrainer):
         return results
 
 
-class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator that calls no detection at all AP 0 instead of nan, because that is what it is."""
-
-    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
-        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        if coco_eval is None:
-            results = dict.fromkeys(results, 0.0)
-        return results
-
-
 class SaveStudent(HookBase):
     """After complete training, writes the plain student to ``OUTPUT_DIR/student``."""
 
@@ -204,107 +193,3 @@ class SaveStudent(HookBase):
         folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
         path = save_plain_student(student, trainer.cfg, folder)
         logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)
-
-
-def evaluate(cfg: CfgNode, model: nn.Module, *, output_dir: str | None = None) -> OrderedDict:
-    """COCO metrics of a model on every ``DATASETS.TEST``.
-
-    Args:
-        output_dir: where detections go; default ``OUTPUT_DIR/inference``.
-
-    Returns:
-        ``{"bbox": {"AP": ..., ...}}`` for one dataset, else that by dataset name. AP in points of 100.
-        Empty on processes other than the main one.
-    """
-    results = OrderedDict()
-    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
-    for name in cfg.DATASETS.TEST:
-        loader = Trainer.build_test_loader(cfg, name)
-        results[name] = inference_on_dataset(
-            model, loader, BoxEvaluator(name, output_dir=output_dir)
-        )
-        if comm.is_main_process():
-            logger.info("Evaluation results for %s in csv format:", name)
-            print_csv_format(results[name])
-    return next(iter(results.values())) if len(results) == 1 else results
-
-
-def evaluate_teacher(cfg: CfgNode, distiller: Distiller) -> OrderedDict:
-    """COCO metrics of the distiller's teacher on the student's test images."""
-    logger.info("Evaluating the teacher (TEST.EVAL_TEACHER True) ...")
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference", "teacher")
-    return evaluate(cfg, distiller.teacher, output_dir=folder)
-
-
-def wants_inheritance(cfg: CfgNode) -> bool:
-    """Whether the student is to start from the teacher's heads."""
-    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.MODEL.ERA.TWI.INIT_STUDENT
-
-
-def teacher_record(model: nn.Module) -> dict[str, TeacherRecord]:
-    """The teacher's entry for a checkpointer of ``model``; empty for a plain model."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return {"teacher": TeacherRecord(model.teacher)} if isinstance(model, Distiller) else {}
-
-
-def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """The type of mixed precision that the config asks for, None for none."""
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    if cfg.SOLVER.AMP.DTYPE != "auto":
-        return getattr(torch, cfg.SOLVER.AMP.DTYPE)
-    return torch.bfloat16 if cfg.MODEL.DEVICE == "cpu" else torch.float16
-
-
-def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
-    """Detectron2's linear scaling from ``SOLVER.REFERENCE_WORLD_SIZE`` processes to those at work.
-
-    Accumulated batches count as processes: one GPU with ``SOLVER.ACCUMULATION_STEPS 8`` follows an
-    8-GPU recipe unchanged. What changed is logged.
-
-    Raises:
-        UserError: the reference does not divide the batch, or the batch cannot be split evenly.
-    """
-    workers = world_size * cfg.SOLVER.ACCUMULATION_STEPS
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if reference < 0 or (reference > 0 and cfg.SOLVER.IMS_PER_BATCH % reference):
-        raise UserError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: expected a divisor of SOLVER.IMS_PER_BATCH "
-            f"({cfg.SOLVER.IMS_PER_BATCH}), or 0 for no scaling; change one of the two."
-        )
-    scaled = DefaultTrainer.auto_scale_workers(cfg, workers)
-    if scaled.SOLVER.IMS_PER_BATCH % workers:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {scaled.SOLVER.IMS_PER_BATCH} images an optimiser step, which "
-            f"{world_size} process(es) with SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS} cannot "
-            "share evenly: make it a multiple of their product."
-        )
-    if scaled is not cfg:
-        keys = (
-            "IMS_PER_BATCH",
-            "BASE_LR",
-            "MAX_ITER",
-            "STEPS",
-            "WARMUP_ITERS",
-            "CHECKPOINT_PERIOD",
-        )
-        changes = ", ".join(f"{k} {cfg.SOLVER[k]} -> {scaled.SOLVER[k]}" for k in keys)
-        logger.info(
-            "SOLVER.REFERENCE_WORLD_SIZE %d, at work %d process(es) x %d accumulated batches: %s, "
-            "TEST.EVAL_PERIOD %d -> %d",
-            reference, world_size, cfg.SOLVER.ACCUMULATION_STEPS, changes,
-            cfg.TEST.EVAL_PERIOD, scaled.TEST.EVAL_PERIOD,
-        )  # fmt: skip
-    return scaled
-
-
-def check_data(cfg: CfgNode, *, for_training: bool) -> None:
-    """Register datasets of one's own and check all that the config names.
-
-    Raises:
-        UserError: see :mod:`era.data.coco`.
-    """
-    register_from_config(cfg)
-    class_names = check_datasets(cfg, for_training=for_training)
-    if class_names is not None:
-        check_num_classes(class_names, student_config(cfg).MODEL.ROI_HEADS.NUM_CLASSES, "student")

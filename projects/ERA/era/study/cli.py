@@ -19,8 +19,8 @@ from era.demo.progress import Screen, read_metrics, step_seconds
 from era.demo.runs import HEADS, NOTHING, Run, prepare_folder
 from era.demo.schedule import execute
 from era.demo.table import read_ap
+from era.engine.preflight import check_data
 from era.errors import UserError
-from era.trainer import check_data
 
 ERA, PLAIN = "configs/toy/era.yaml", "configs/toy/plain.yaml"
 NARROW, ALL = "MODEL.ERA.HIDDEN_CHANNELS", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from era.config import student_config, validate_config
 from era.errors import UserError
-from era.methods import DistillationStep, build_methods
-from era.student import check_student, record
-from era.teacher import Teacher
-from era.weight_integration import check_equal_heads, check_teacher_heads
+from era.methods import build_methods
+from era.methods.era.twi import check_equal_heads, check_teacher_heads
+from era.modeling.detectors.rcnn import check_student, record
+from era.modeling.step import DistillationStep
+from era.modeling.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

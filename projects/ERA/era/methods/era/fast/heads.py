@@ -16,13 +16,13 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from era.box_losses import box_losses, weighted_sum
 from era.losses import at_least_float32
-from era.mbrnet import FactoredEstimates
-from era.patches import gather_patches
-from era.proposal_choice import ChosenProposals, Stratum
-from era.student import Recording
-from era.weight_integration import TeacherHeads
+from era.methods.era.fast.box_losses import box_losses, weighted_sum
+from era.methods.era.fast.patches import gather_patches
+from era.methods.era.mbrnet import FactoredEstimates
+from era.methods.era.proposals import ChosenProposals, Stratum
+from era.methods.era.twi import TeacherHeads
+from era.modeling.detectors.rcnn import Recording
 
 
 class FastTeacherHeads(TeacherHeads):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from era.pointwise import hidden_maps
+from era.methods.era.fast.pointwise import hidden_maps
 
 # Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
 # scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:

@@ -23,7 +23,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from era.data.toy_draw import CLASSES, SPLITS, ToySpec, render
+from era.data.toy.draw import CLASSES, SPLITS, ToySpec, render
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)

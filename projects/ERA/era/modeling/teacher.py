@@ -12,7 +12,8 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from era.checkpoint import load_exactly, weights_hash
+from era.checkpoint.reading import load_exactly
+from era.checkpoint.writing import weights_hash
 from era.config import get_era_cfg, merge_config, student_config
 from era.errors import UserError
 
@@ -230,28 +231,3 @@ def tame_random_weights(model: nn.Module) -> None:
             norms = [m for m in norms if m is not shortcut]
             if norms and hasattr(block, "shortcut"):
                 norms[-1].weight.zero_()
-
-
-class TeacherRecord:
-    """The teacher's entry in a training checkpoint: its source and hash, never its weights."""
-
-    def __init__(self, teacher: Teacher):
-        self._teacher = teacher
-
-    def state_dict(self) -> dict[str, str]:
-        """Config file, weights and SHA-256 of the teacher."""
-        return {**self._teacher.source, "sha256": self._teacher.sha256}
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Refuse to go on with another teacher.
-
-        Raises:
-            UserError: the hashes differ.
-        """
-        if state["sha256"] != self._teacher.sha256:
-            raise UserError(
-                f"the checkpoint was trained with the teacher {state['weights']!r} (SHA-256 "
-                f"{state['sha256'][:12]}...), MODEL.TEACHER.WEIGHTS {self._teacher.source['weights']!r} "
-                f"is another ({self._teacher.sha256[:12]}...): name the same teacher to resume, or start "
-                "a new run in another OUTPUT_DIR."
-            )

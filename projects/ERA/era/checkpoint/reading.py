@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import collections
-import hashlib
 import logging
 import os
 import pickle
@@ -17,10 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from torch import Tensor, nn
+from torch import nn
 
-from era.config import student_config
+from era.checkpoint.writing import save_whole
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +56,7 @@ class SafeUnpickler(pickle.Unpickler):
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that runs no pickled code, writes files whole or not at all, and knows
-    the student inside a :class:`~era.distiller.Distiller`.
+    the student inside a :class:`~era.modeling.distiller.Distiller`.
 
     Four cases load alike: a distilled or a plain file into a distiller or a plain model. A plain file
     fills a distiller's student; a distilled file gives a plain model its student.
@@ -180,51 +178,6 @@ def strip_student(weights: dict[str, Any]) -> dict[str, Any]:
         for key, value in weights.items()
         if key.startswith(STUDENT_PREFIX)
     }
-
-
-def save_plain_student(student: nn.Module, cfg: CfgNode, folder: str) -> str:
-    """Write a plain Detectron2 checkpoint and config: ``model_final.pth`` and ``config.yaml``.
-
-    Stock ``get_cfg().merge_from_file(config.yaml)`` and ``DefaultPredictor`` read them; nothing of this
-    project is in either file.
-
-    Args:
-        cfg: config of the run; see :func:`era.config.student_config` for what is kept.
-
-    Returns:
-        Path of the checkpoint.
-    """
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "model_final.pth")
-    save_whole({"model": student.state_dict()}, path)
-    plain = student_config(cfg)
-    plain.MODEL.WEIGHTS = path
-    plain.OUTPUT_DIR = folder
-    config_path = os.path.join(folder, "config.yaml")
-    with open(config_path + ".partial", "w") as f:
-        f.write(plain.dump())
-    os.replace(config_path + ".partial", config_path)
-    return path
-
-
-def save_whole(data: Any, path: str) -> None:
-    """``torch.save`` to a file beside ``path``, then rename: a crash leaves the old file intact."""
-    try:
-        torch.save(data, path + ".partial")
-        os.replace(path + ".partial", path)
-    finally:
-        if os.path.exists(path + ".partial"):
-            os.remove(path + ".partial")
-
-
-def weights_hash(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state dict, in order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _short(error: BaseException) -> str:

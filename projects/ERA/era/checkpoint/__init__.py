@@ -1,0 +1,1 @@
+"""Checkpoints: safe reading, whole writing, the plain student, the identity of a teacher."""

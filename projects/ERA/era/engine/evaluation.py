@@ -1,0 +1,57 @@
+"""COCO evaluation of distillers, teachers and plain detectors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch import nn
+
+from era.modeling.distiller import Distiller
+
+logger = logging.getLogger(__name__)
+
+
+class BoxEvaluator(COCOEvaluator):
+    """COCOEvaluator that calls no detection at all AP 0 instead of nan, because that is what it is."""
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is None:
+            results = dict.fromkeys(results, 0.0)
+        return results
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, *, output_dir: str | None = None) -> OrderedDict:
+    """COCO metrics of a model on every ``DATASETS.TEST``.
+
+    Args:
+        output_dir: where detections go; default ``OUTPUT_DIR/inference``.
+
+    Returns:
+        ``{"bbox": {"AP": ..., ...}}`` for one dataset, else that by dataset name. AP in points of 100.
+        Empty on processes other than the main one.
+    """
+    results = OrderedDict()
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    for name in cfg.DATASETS.TEST:
+        loader = build_detection_test_loader(cfg, name)
+        results[name] = inference_on_dataset(
+            model, loader, BoxEvaluator(name, output_dir=output_dir)
+        )
+        if comm.is_main_process():
+            logger.info("Evaluation results for %s in csv format:", name)
+            print_csv_format(results[name])
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_teacher(cfg: CfgNode, distiller: Distiller) -> OrderedDict:
+    """COCO metrics of the distiller's teacher on the student's test images."""
+    logger.info("Evaluating the teacher (TEST.EVAL_TEACHER True) ...")
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", "teacher")
+    return evaluate(cfg, distiller.teacher, output_dir=folder)

@@ -1,0 +1,64 @@
+"""The recipe on the processes at work: linear scaling, accumulation, mixed precision."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from era.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """The type of mixed precision that the config asks for, None for none."""
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    if cfg.SOLVER.AMP.DTYPE != "auto":
+        return getattr(torch, cfg.SOLVER.AMP.DTYPE)
+    return torch.bfloat16 if cfg.MODEL.DEVICE == "cpu" else torch.float16
+
+
+def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Detectron2's linear scaling from ``SOLVER.REFERENCE_WORLD_SIZE`` processes to those at work.
+
+    Accumulated batches count as processes: one GPU with ``SOLVER.ACCUMULATION_STEPS 8`` follows an
+    8-GPU recipe unchanged. What changed is logged.
+
+    Raises:
+        UserError: the reference does not divide the batch, or the batch cannot be split evenly.
+    """
+    workers = world_size * cfg.SOLVER.ACCUMULATION_STEPS
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference < 0 or (reference > 0 and cfg.SOLVER.IMS_PER_BATCH % reference):
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: expected a divisor of SOLVER.IMS_PER_BATCH "
+            f"({cfg.SOLVER.IMS_PER_BATCH}), or 0 for no scaling; change one of the two."
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, workers)
+    if scaled.SOLVER.IMS_PER_BATCH % workers:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {scaled.SOLVER.IMS_PER_BATCH} images an optimiser step, which "
+            f"{world_size} process(es) with SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS} cannot "
+            "share evenly: make it a multiple of their product."
+        )
+    if scaled is not cfg:
+        keys = (
+            "IMS_PER_BATCH",
+            "BASE_LR",
+            "MAX_ITER",
+            "STEPS",
+            "WARMUP_ITERS",
+            "CHECKPOINT_PERIOD",
+        )
+        changes = ", ".join(f"{k} {cfg.SOLVER[k]} -> {scaled.SOLVER[k]}" for k in keys)
+        logger.info(
+            "SOLVER.REFERENCE_WORLD_SIZE %d, at work %d process(es) x %d accumulated batches: %s, "
+            "TEST.EVAL_PERIOD %d -> %d",
+            reference, world_size, cfg.SOLVER.ACCUMULATION_STEPS, changes,
+            cfg.TEST.EVAL_PERIOD, scaled.TEST.EVAL_PERIOD,
+        )  # fmt: skip
+    return scaled

@@ -1,0 +1,1 @@
+"""ERA, Expandable Residual Approximation (arXiv 2508.16050)."""

@@ -1,0 +1,1 @@
+"""Families of detectors, one file each."""

@@ -1,0 +1,1 @@
+"""Studies: variants from several seeds, compared."""
