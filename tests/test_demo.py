@@ -17,9 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from era.demo import cli, compare, figures, pictures, progress, runs, schedule, table
-from era.demo.measure import Measurement, interleaved_times
+from era.demo import cli, figures, pictures, table
+from era.demo import runs as demo_plan
 from era.errors import UserError
+from era.runs import compare, progress
+from era.runs import execute as schedule
+from era.runs import metrics as metrics_module
+from era.runs import plan as runs
+from era.runs.measure import Measurement, interleaved_times
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +68,7 @@ def training_metrics(ap: float, *, is_era: bool = False, seconds: float = 0.25) 
 def demo_runs(tmp_path, monkeypatch):
     """The demo's real runs, with hand-made results in their folders."""
     monkeypatch.chdir(ROOT)
-    made = runs.make_runs(tmp_path, ["SOLVER.MAX_ITER", "100"])
+    made = demo_plan.make_runs(tmp_path, ["SOLVER.MAX_ITER", "100"])
     ap = {"teacher": 56.3, "plain": 29.3, "era": 45.4, "plain_init": 50.4, "era_init": 57.8}
     for run in made:
         if run.name in ap:
@@ -83,7 +88,7 @@ def demo_runs(tmp_path, monkeypatch):
 
 def test_runs_are_train_net_with_the_toy_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = {run.name: run for run in runs.make_runs(tmp_path, ["SOLVER.MAX_ITER", "7"])}
+    made = {run.name: run for run in demo_plan.make_runs(tmp_path, ["SOLVER.MAX_ITER", "7"])}
     assert tuple(made) == runs.RUN_NAMES
     for run in made.values():
         assert "tools/train_net.py" in run.command
@@ -101,17 +106,17 @@ def test_runs_are_train_net_with_the_toy_configs(tmp_path, monkeypatch):
     assert made["era"].iterations == made["plain"].iterations == 7
 
 
-@pytest.mark.parametrize("key", runs.RESERVED)
+@pytest.mark.parametrize("key", demo_plan.RESERVED)
 def test_keys_that_the_demo_sets_cannot_be_overridden(tmp_path, monkeypatch, key):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=key):
-        runs.make_runs(tmp_path, [key, "1"])
+        demo_plan.make_runs(tmp_path, [key, "1"])
 
 
 def test_fast_and_seed_reach_every_run_and_the_user_has_the_last_word(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = cli.argument_parser().parse_args(["--fast", "--seed", "3", "SOLVER.MAX_ITER", "5"])
-    for run in runs.make_runs(tmp_path, cli.overrides(args), seed=args.seed):
+    for run in demo_plan.make_runs(tmp_path, cli.overrides(args), seed=args.seed):
         assert run.config.SEED == 3
         assert run.config.SOLVER.MAX_ITER == 5
         assert run.config.SOLVER.WARMUP_ITERS == 10
@@ -326,11 +331,11 @@ def test_progress_from_metrics(tmp_path):
     write_metrics(tmp_path, lines)
     with open(tmp_path / "metrics.json", "a") as f:
         f.write('{"iteration": 119, "total')  # being written
-    metrics = progress.read_metrics(tmp_path)
-    assert progress.steps_done(metrics) == 100
-    assert progress.step_seconds(metrics) == 0.25
-    assert progress.step_seconds(metrics[:1]) == 9.0
-    assert progress.step_seconds([]) is None and progress.steps_done([]) == 0
+    metrics = metrics_module.read_metrics(tmp_path)
+    assert metrics_module.steps_done(metrics) == 100
+    assert metrics_module.step_seconds(metrics) == 0.25
+    assert metrics_module.step_seconds(metrics[:1]) == 9.0
+    assert metrics_module.step_seconds([]) is None and metrics_module.steps_done([]) == 0
 
 
 def test_the_screen_renews_a_block_on_a_terminal_and_writes_lines_elsewhere():

@@ -22,13 +22,14 @@ from PIL import Image, ImageDraw
 
 from era.config import load_config
 from era.demo import cli as demo_cli
-from era.demo import runs as demo_runs
+from era.demo import report as report_demo
 from era.demo import table as demo_table
 from era.errors import UserError
-from era.report import charts, cli, deployed, examples, runs, scores, write_report
-from era.report import demo as report_demo
+from era.report import charts, cli, deployed, examples, scores, write_report
 from era.report.overlay import Mark, place_tags
 from era.report.tables import signed
+from era.runs import plan as demo_runs
+from era.runs import reading as runs
 from era_runtime.manifest import sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from era.benchmark.rows import Row
-from era.demo.progress import duration
+from era.runs.progress import duration
 
 MIB = 2**20
 SYNCHRONISING = (

@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 
 from era import __version__
-from era.demo import figures, measure, pictures, table
-from era.demo.progress import Screen, duration
-from era.demo.runs import Run, make_runs, prepare_folder
-from era.demo.schedule import State, execute
+from era.demo import figures, pictures, table
+from era.demo import report as report_page
+from era.demo.runs import make_runs
 from era.engine.preflight import check_data
 from era.errors import UserError
-from era.report import demo as report_page
+from era.runs import measure
+from era.runs.execute import State, execute
+from era.runs.plan import Run, prepare_folder
+from era.runs.progress import Screen, duration
 
 DESCRIPTION = """\
 See distillation at work on a small generated dataset, on two CPU cores.

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from era.demo.progress import read_metrics
-from era.demo.runs import NOTHING, Run
 from era.demo.table import Row, gains
+from era.runs.metrics import read_metrics
+from era.runs.plan import NOTHING, Run
 
 DETECTION_LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
 ERA_LOSSES = {

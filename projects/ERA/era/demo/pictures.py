@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib.font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from era.demo.compare import MIN_SCORE, RULE, Example, choose, read_examples, summary
-from era.demo.runs import Run
+from era.runs.compare import MIN_SCORE, RULE, Example, choose, read_examples, summary
+from era.runs.plan import Run
 
 COUNT = 6  # pictures
 SHOWN = ("teacher", "plain", "era")  # runs, a column each, after the ground truth
@@ -25,7 +25,7 @@ TRUTH, RIGHT, WRONG, MISSED = "#ffffff", "#56B4E9", "#E69F00", "#ffffff"
 def write_pictures(runs: Sequence[Run], dataset: str, folder: Path) -> list[Path]:
     """Write the pictures, ``overview.png`` and ``README.md`` with captions into ``folder``.
 
-    Which images are shown is :data:`era.demo.compare.RULE`; it shows losses of ERA as well as gains.
+    Which images are shown is :data:`era.runs.compare.RULE`; it shows losses of ERA as well as gains.
 
     Args:
         runs: teacher, plain and ERA among them.

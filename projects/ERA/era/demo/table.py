@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
-from era.demo.measure import Measurement
-from era.demo.progress import read_metrics, step_seconds
-from era.demo.runs import NOTHING, Run
-from era.errors import UserError
+from era.runs.measure import Measurement
+from era.runs.metrics import AP_NAMES, read_ap, read_metrics, step_seconds
+from era.runs.plan import NOTHING, Run
 
-METRICS = ("AP", "AP50", "AP75")
 # The pairs that differ in distillation alone: plain student, ERA student.
 PAIRS = (("plain", "era"), ("plain_init", "era_init"))
 CLEARLY = 1.0  # AP points from which on a gain is called clear
-
-_CSV = re.compile(r"copypaste: ([\w,.\-]+)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -66,28 +60,6 @@ def gather(runs: Sequence[Run], measured: dict[str, Measurement]) -> list[Row]:
             )
         )
     return rows
-
-
-def read_ap(run: Run) -> dict[str, float]:
-    """AP, AP50 and AP75 of a run's last evaluation, in points; of a training from its metrics, of an
-    evaluation, which writes none, from its log.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [m for m in read_metrics(run.folder) if "bbox/AP" in m]
-    if found:
-        return {name: float(found[-1][f"bbox/{name}"]) for name in METRICS}
-    text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.is_file() else ""
-    # Detectron2 logs a line of names, then a line of numbers.
-    lines = [line.split(",") for line in _CSV.findall(text)]
-    for names, numbers in reversed(list(pairwise(lines))):
-        if names[:3] == list(METRICS):
-            return {name: float(n) for name, n in zip(METRICS, numbers, strict=False)}
-    raise UserError(
-        f"the run {run.name!r} left no evaluation in {run.folder}: see its log {run.log}, and leave "
-        "TEST and DATASETS.TEST as they are."
-    )
 
 
 def gains(rows: Sequence[Row]) -> list[dict]:
@@ -172,7 +144,7 @@ def terminal_table(rows: Sequence[Row]) -> str:
         ("", "run"),
         ("inherited from", "the teacher"),
         ("", "iterations"),
-        *(("", name) for name in METRICS),
+        *(("", name) for name in AP_NAMES),
         ("", "parameters"),
         ("ms per", "step"),
         ("ms per", "image"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from era.demo.compare import MIN_IOU, MIN_SCORE, Box, Example, Judged, choose, judge
 from era.errors import UserError
-from era.report.runs import ReportRun
 from era.report.scores import Dataset
+from era.runs.compare import MIN_IOU, MIN_SCORE, Box, Example, Judged, choose, judge
+from era.runs.reading import ReportRun
 
 SHOWN_FROM = 0.2  # score from which on detections are in the report, for the slider
 SIDE = 640  # longest side of a picture in the report, pixels

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from era.demo.compare import MIN_SCORE
 from era.report.examples import SHOWN_FROM, Comparison, Picture, rule
 from era.report.overlay import TRUTH, Mark, name, name_size, place_tags, shape
 from era.report.tables import Scored
+from era.runs.compare import MIN_SCORE
 
 KEY = '<p class="key">Solid: right. Dashed: wrong class or place, or found twice. White: the ground truth.</p>'
 

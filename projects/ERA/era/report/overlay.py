@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from era.demo.compare import MIN_SCORE, Box
+from era.runs.compare import MIN_SCORE, Box
 
 TRUTH = "truth"  # the group of the ground truth; those of the runs are m0, m1, ...
 

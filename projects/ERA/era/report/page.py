@@ -13,8 +13,8 @@ from importlib.resources import files
 from era.demo.figures import DETECTION_LOSSES, ERA_LOSSES, residual_series, series
 from era.report import tables
 from era.report.charts import Curve, line_chart
-from era.report.runs import TEACHER, ReportRun
 from era.report.tables import Scored
+from era.runs.reading import TEACHER, ReportRun
 
 EXPLANATION = (
     '<div class="explain"><h3>How to read the curves</h3><ul>'

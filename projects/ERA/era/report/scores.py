@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from era.engine.preflight import check_data
 from era.errors import UserError
-from era.report.runs import ReportRun
+from era.runs.reading import ReportRun
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # COCO's names for sizes, by the area of the object in pixels of the original image.

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from era.demo.measure import Measurement
 from era.report.charts import swatch
 from era.report.deployed import Deployed
-from era.report.runs import DISTILLED, TEACHER, ReportRun
 from era.report.scores import CLASS, SIZES
+from era.runs.measure import Measurement
+from era.runs.reading import DISTILLED, TEACHER, ReportRun
 
 NONE = "–"  # where a value is not known
 CLEAR = 0.05  # points; a smaller difference is shown as none

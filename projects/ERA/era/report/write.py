@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from era.demo.measure import Measurement
 from era.errors import UserError
 from era.report import page, tables
 from era.report.deployed import EAGER, quartiles, read_deployed
 from era.report.examples import compare_pictures
 from era.report.gallery import gallery
 from era.report.page import Section
-from era.report.runs import BASELINE, DISTILLED, TEACHER, ReportRun, read_runs
 from era.report.scores import Dataset, read_dataset, scores
 from era.report.tables import Scored
+from era.runs.measure import Measurement
+from era.runs.reading import BASELINE, DISTILLED, TEACHER, ReportRun, read_runs
 
 PICTURES = 12
 COLOURS = 6  # of the style sheet, c0 to c5

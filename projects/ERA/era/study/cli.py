@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from era.config import load_config
-from era.demo.progress import Screen, read_metrics, step_seconds
-from era.demo.runs import HEADS, NOTHING, Run, prepare_folder
-from era.demo.schedule import execute
-from era.demo.table import read_ap
 from era.engine.preflight import check_data
 from era.errors import UserError
+from era.runs.execute import execute
+from era.runs.metrics import read_ap, read_metrics, step_seconds
+from era.runs.plan import HEADS, NOTHING, Run, prepare_folder
+from era.runs.progress import Screen
 
 ERA, PLAIN = "configs/toy/era.yaml", "configs/toy/plain.yaml"
 NARROW, ALL = "MODEL.ERA.HIDDEN_CHANNELS", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE"

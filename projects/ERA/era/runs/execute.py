@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from era.demo.progress import RunView, Screen, read_metrics, step_seconds, steps_done
-from era.demo.runs import Run, is_finished, mark_finished, remove
 from era.errors import UserError
+from era.runs.metrics import read_metrics, step_seconds, steps_done
+from era.runs.plan import Run, is_finished, mark_finished, remove
+from era.runs.progress import RunView, Screen
 
 # Priors, until something is measured, in seconds on a slow core.
 STEP_SECONDS = 0.3  # one step of a run of cost 1

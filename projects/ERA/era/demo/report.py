@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from era.demo.measure import Measurement
-from era.demo.runs import Run, remove
 from era.demo.table import Row
 from era.errors import UserError
 from era.report.deployed import EAGER, measure
 from era.report.write import write_report
+from era.runs.measure import Measurement
+from era.runs.plan import Run, remove
 
 REPORT = "report.html"
 DEPLOYED = "deployed"  # folder of the exports, below the demo's

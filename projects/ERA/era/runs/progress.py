@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
-METRICS = "metrics.json"
 LINE_EVERY = 15.0  # seconds between two lines where the screen cannot be renewed
 BAR = 24  # width of a run's bar, characters
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """A run's metrics, one dict a line as Detectron2 writes them; a half-written line is left out."""
-    try:
-        text = (folder / METRICS).read_text(encoding="utf-8")
-    except OSError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def steps_done(metrics: list[dict]) -> int:
-    """Optimiser steps that the metrics tell of. (Detectron2 writes them every 20 steps.)"""
-    return max((m["iteration"] + 1 for m in metrics if "total_loss" in m), default=0)
-
-
-def step_seconds(metrics: list[dict], *, since: int = 40) -> float | None:
-    """Median time of a training step in seconds, None if none is known yet.
-
-    Args:
-        since: the step from which on times count, for the first are slower; earlier ones are used
-            if there are no others.
-    """
-    times = [(m["iteration"], m["time"]) for m in metrics if math.isfinite(m.get("time", math.nan))]
-    late = [seconds for iteration, seconds in times if iteration >= since]
-    chosen = late or [seconds for _, seconds in times]
-    return statistics.median(chosen) if chosen else None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from torch import nn
 
-from era.demo.runs import Run
 from era.engine.preflight import build_for_evaluation
 from era.engine.trainer import STUDENT_FOLDER
+from era.runs.plan import Run
 
 IMAGES = 40  # per model
 WARM_UP = 5  # images per model whose time does not count

@@ -11,8 +11,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from era.config import load_config
-from era.demo.progress import read_metrics, step_seconds, steps_done
 from era.errors import UserError
+from era.runs.metrics import read_metrics, step_seconds, steps_done
 
 RESULTS = Path("inference", "coco_instances_results.json")
 TEACHER_RESULTS = Path("inference", "teacher", "coco_instances_results.json")  # TEST.EVAL_TEACHER

@@ -1,0 +1,1 @@
+"""Runs: planned, executed, read back and compared; study, demo and report stand on this."""
