@@ -107,12 +107,12 @@ CASES = {
     "even kernel": (["MODEL.ERA.KERNEL_SIZE", "2"], ["MODEL.ERA.KERNEL_SIZE", "odd"]),
     "temperature 0": (["MODEL.ERA.KD_TEMPERATURE", "0.0"], ["MODEL.ERA.KD_TEMPERATURE"]),
     "unequal heads under INIT_STUDENT": (
-        ["MODEL.ERA.TWI.INIT_STUDENT", "True", "MODEL.ROI_BOX_HEAD.FC_DIM", "24"],
+        ["MODEL.DISTILLER.INIT_STUDENT", "heads", "MODEL.ROI_BOX_HEAD.FC_DIM", "24"],
         ["INIT_STUDENT", "box_head.fc1", "(24,", "(32,"]),
     "unequal heads between 0 and 1": (
         ["MODEL.ERA.ALPHA", "0.5", "MODEL.ROI_BOX_HEAD.FC_DIM", "24"], ["MODEL.ERA.ALPHA 0.5", "box_head"]),
     "unequal box coders": (
-        ["MODEL.ERA.TWI.INIT_STUDENT", "True", "MODEL.RPN.BBOX_REG_WEIGHTS", "(2.0, 2.0, 1.0, 1.0)"],
+        ["MODEL.DISTILLER.INIT_STUDENT", "heads", "MODEL.RPN.BBOX_REG_WEIGHTS", "(2.0, 2.0, 1.0, 1.0)"],
         ["INIT_STUDENT", "MODEL.RPN.BBOX_REG_WEIGHTS"]),
     "student that is no RCNN": (
         ["MODEL.DISTILLER.STUDENT_META_ARCHITECTURE", "ProposalNetwork"], ["ProposalNetwork", "GeneralizedRCNN"]),
@@ -196,7 +196,7 @@ def test_alpha_needs_an_mbrnet(files, tmp_path):
     plain = tmp_path / "plain.pth"
     torch.save({"model": tiny_model("plain").state_dict()}, plain)
     opts = ["MODEL.WEIGHTS", plain, "MODEL.ERA.ALPHA", "1.0", "DATASETS.TEST", "('era_toy_val',)"]
-    with pytest.raises(UserError, match="holds no MBRNet"):
+    with pytest.raises(UserError, match="holds no modules of the method era"):
         train_net(["--eval-only", *arguments(opts, files, tmp_path / "run", ERA_CONFIG)])
 
 

@@ -55,7 +55,7 @@ def test_baseline_and_distilled_student_differ_in_distillation_alone(distilled, 
         cfg.OUTPUT_DIR = ""
     assert student_config(a) == student_config(b)
     if b.MODEL.META_ARCHITECTURE == "Distiller":
-        assert a.MODEL.ERA.TWI.INIT_STUDENT and b.MODEL.ERA.TWI.INIT_STUDENT
+        assert a.MODEL.DISTILLER.INIT_STUDENT == b.MODEL.DISTILLER.INIT_STUDENT == "heads"
 
 
 def test_the_flagship_follows_its_recipe():

@@ -66,7 +66,7 @@ def test_export_equals_eager_at_many_sizes_and_on_an_empty_image(name, alpha):
 
 
 def test_alpha_1_is_the_blended_detector_without_the_teachers_backbone():
-    """Bit for bit what :class:`era.methods.era.inference.BlendedDetector` gives, on a batch of two sizes."""
+    """Bit for bit what :class:`era.modeling.detectors.rcnn_inference.BlendedRCNN` gives, on a batch of two sizes."""
     deployed = source(1)
     inputs = [{"image": torch.rand(3, *size) * 255} for size in ((96, 128), (100, 75))]
     with torch.no_grad():

@@ -33,7 +33,10 @@ def train_steps(config, *opts, steps=4):
     return history
 
 
-@pytest.mark.parametrize("opts", [ZERO, ["MODEL.DISTILLER.METHODS", "[]"]], ids=["zero", "none"])
+NO_METHOD = ["MODEL.DISTILLER.METHODS", "[]", "MODEL.DISTILLER.INIT_STUDENT", "heads"]
+
+
+@pytest.mark.parametrize("opts", [ZERO, NO_METHOD], ids=["zero", "none"])
 def test_without_distillation_the_losses_are_the_plain_students_step_by_step(opts):
     assert train_steps("era", *opts) == train_steps("plain")
 
@@ -142,7 +145,7 @@ def test_alpha_one_is_the_teachers_heads_on_the_estimate():
 def test_blending_equal_heads_changes_nothing():
     """With the teacher's heads inherited and e_N = F_S, every alpha finds what the student finds."""
     opts = ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"]
-    model = tiny_model("era", *opts, "MODEL.ERA.TWI.INIT_STUDENT", "True")
+    model = tiny_model("era", *opts, "MODEL.DISTILLER.INIT_STUDENT", "heads")
     model.init_student_from_teacher()
     inputs = batch((1, 2))
     expected = detections(model, inputs)
@@ -162,7 +165,7 @@ def test_blending_lies_between():
     inputs = batch((1, 2))
     for alpha in (0.001, 0.5, 0.999):
         era.alpha = alpha
-        detector = era.detector(model.student)
+        detector = era.detector(model.detector)
         blend = detector._blend
         seen[alpha] = []
 

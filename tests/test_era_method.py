@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from era.errors import UserError
-from era.methods.era.method import check_levels
+from era.methods.base import check_levels
 
 TERMS = {
     "loss_era_feature": "MODEL.ERA.FEATURE_WEIGHT",
@@ -179,15 +179,14 @@ def test_levels_can_be_chosen():
 
 
 def test_strides_must_match():
-    def model(stride):
-        shape = {"p2": ShapeSpec(channels=4, stride=stride)}
-        return SimpleNamespace(backbone=SimpleNamespace(output_shape=lambda: shape))
+    def detector(stride):
+        return SimpleNamespace(feature_shapes={"p2": ShapeSpec(channels=4, stride=stride)})
 
-    assert check_levels(model(4), SimpleNamespace(model=model(4)), ["p2"]) == (4, 4)
+    assert check_levels(detector(4), detector(4), ["p2"], "MODEL.ERA.LEVELS") == (4, 4)
     with pytest.raises(
         UserError, match="p2, which has stride 4 in the student and 8 in the teacher"
     ):
-        check_levels(model(4), SimpleNamespace(model=model(8)), ["p2"])
+        check_levels(detector(4), detector(8), ["p2"], "MODEL.ERA.LEVELS")
 
 
 class HostWaits(TorchDispatchMode):

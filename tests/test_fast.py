@@ -1,4 +1,4 @@
-"""The fast paths against the plain reference: losses and gradients, in float64 to 1e-10."""
+"""The fast paths against the definitions: losses and gradients, in float64 to 1e-10."""
 
 import itertools
 from types import SimpleNamespace
@@ -11,15 +11,17 @@ from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regr
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from era.losses import mse, residual_mse
-from era.methods.era.fast.box_losses import box_losses
-from era.methods.era.fast.heads import FastTeacherHeads, knows_rpn_head
+from era.losses import mse
+from era.methods.era.fast.factored import factored_estimates
+from era.methods.era.fast.heads import FastHeads, knows_rpn_head
 from era.methods.era.fast.patches import gather_patches
 from era.methods.era.fast.residual import estimate_distances
+from era.methods.era.losses import residual_mse
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
-from era.methods.era.proposals import chosen_proposals, split
-from era.methods.era.twi import TeacherHeads
-from era.modeling.detectors.rcnn import Recording, record
+from era.methods.era.twi import twi_loss
+from era.modeling.detectors import detector_of
+from era.modeling.detectors.box_losses import box_losses
+from era.modeling.detectors.proposals import sample_proposals, split
 
 WEIGHTS = [1.0, 0.25, 0.125]
 
@@ -87,7 +89,7 @@ def setting(case, objects, size=(64, 96)):
         torch.nn.init.normal_(p, std=0.2)
     inputs = batch(objects, size=size)
     student.float()  # Detectron2's NMS knows float32 alone: sample in it, then go on in float64
-    with EventStorage(0), record(student) as step:
+    with EventStorage(0), detector_of(student).record() as step:
         student(inputs)
     student.double()
     step.features = student.backbone(student.preprocess_image(inputs).tensor)
@@ -123,71 +125,56 @@ def assert_equal_to_reference(fast, reference, student, estimator):
     assert largest > 1e-4, "the comparison needs gradients"
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_fast_heads_equal_the_reference(case):
-    student, teacher, estimator, step = setting(case, (2, 3))
+def assert_heads_equal_the_definition(fast, estimator, step, student, samples_per_image):
+    """Both parts of the teacher's heads, fast on factors against the definition on the wide estimates."""
     weights = WEIGHTS[: len(estimator.mbrnet.branches) + 1]
-    parts = (teacher.proposal_generator, teacher.roi_heads, 10)
-    reference = TeacherHeads(*parts)
+    factored = factored_estimates(estimator, step.features)
     cumulative = estimator(step.features).cumulative()
-    factored = estimator.factored(step.features)
-    fast = FastTeacherHeads(*parts, student_pooler=student.roi_heads.box_pooler)
+    with EventStorage(0):
+        for part in ("rpn", "roi"):
+            assert_equal_to_reference(
+                fast.loss(part, factored, weights, step),
+                twi_loss(
+                    fast.judge, part, cumulative, weights, step, samples_per_image=samples_per_image
+                ),
+                student,
+                estimator,
+            )
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_fast_heads_equal_the_definition(case):
+    student, teacher, estimator, step = setting(case, (2, 3))
+    fast = FastHeads(detector_of(teacher), detector_of(student), 10)
     assert fast.sparse_rpn == (case != "two RPN convs")
-    assert fast.fold == (case != "conv box head")
     assert fast.reuses_pooling == (case != "another pooler")
-    with EventStorage(0):
-        for name in ("rpn_loss", "roi_loss"):
-            assert_equal_to_reference(
-                getattr(fast, name)(factored, weights, step),
-                getattr(reference, name)(cumulative, weights, step),
-                student,
-                estimator,
-            )
+    assert_heads_equal_the_definition(fast, estimator, step, student, 10)
 
 
-def assert_default_equals_reference(objects, size=(64, 96), **options):
-    """The default setting's losses and gradients, fast with these options, against the reference."""
+def assert_default_equals_definition(objects, size=(64, 96), **options):
+    """The default setting's losses and gradients, fast with these options, against the definition."""
     student, teacher, estimator, step = setting("default", objects, size)
-    parts = (teacher.proposal_generator, teacher.roi_heads)
-    if options.pop("reuse", True):
-        options["student_pooler"] = student.roi_heads.box_pooler
-    fast = FastTeacherHeads(*parts, **options)
-    assert fast.reuses_pooling == ("student_pooler" in options)
-    factored = estimator.factored(step.features)
-    cumulative = estimator(step.features).cumulative()
-    with EventStorage(0):
-        for name in ("rpn_loss", "roi_loss"):
-            assert_equal_to_reference(
-                getattr(fast, name)(factored, WEIGHTS, step),
-                getattr(TeacherHeads(*parts), name)(cumulative, WEIGHTS, step),
-                student,
-                estimator,
-            )
+    fast = FastHeads(detector_of(teacher), detector_of(student), 0, **options)
+    assert fast.reuses_pooling == options.get("reuse_pooling", True)
+    assert_heads_equal_the_definition(fast, estimator, step, student, 0)
 
 
-@pytest.mark.parametrize("switches", itertools.product([True, False], repeat=4))
+@pytest.mark.parametrize("switches", list(itertools.product([True, False], repeat=3)))
 def test_every_lever_alone_gives_the_same(switches):
-    names = ("sparse_rpn", "stacked_roi", "fold", "reuse")
-    assert_default_equals_reference((2, 1), **dict(zip(names, switches, strict=True)))
+    names = ("sparse_rpn", "stacked_roi", "reuse_pooling")
+    assert_default_equals_definition((2, 1), **dict(zip(names, switches, strict=True)))
 
 
 @pytest.mark.parametrize("objects", [(0, 0), (3, 0), (2,)], ids=["none", "half", "one image"])
 def test_images_without_objects_and_one_image(objects):
-    assert_default_equals_reference(objects, size=(50, 70))
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_folded_or_not_the_numbers_are_the_same(pays, monkeypatch):
-    """Whichever way round is less arithmetic at a size, both are right."""
-    monkeypatch.setattr("era.methods.era.fast.heads.folding_pays", lambda *_: pays)
-    assert_default_equals_reference((2, 1))
+    assert_default_equals_definition(objects, size=(50, 70))
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_factors_multiply_out_to_the_residuals(case):
     _, _, estimator, step = setting(case, (1,))
     for a, b in zip(
-        estimator.factored(step.features).dense().cumulative(),
+        factored_estimates(estimator, step.features).dense().cumulative(),
         estimator(step.features).cumulative(),
         strict=True,
     ):
@@ -283,7 +270,7 @@ def test_split_of_proposals(count, foreground, background, expected):
 
 
 def proposals_of(*classes):
-    """A step whose images have proposals of these classes, 8 being background; box i at x = i."""
+    """Images with proposals of these classes, 8 being background; box i at x = i."""
     own = []
     for labels in classes:
         p = Instances((64, 64))
@@ -291,33 +278,32 @@ def proposals_of(*classes):
         x = torch.arange(len(labels), dtype=torch.float32)[:, None]
         p.proposal_boxes = Boxes(torch.cat([x, x, x + 9, x + 9], dim=1))
         own.append(p)
-    return Recording(proposals=own)
+    return own
 
 
 def test_all_proposals_are_one_stratum():
-    step = proposals_of([1, 2, 8], [8, 8])
+    proposals = proposals_of([1, 2, 8], [8, 8])
     for count in (0, 3):
-        chosen = chosen_proposals(step, 8, count)
-        assert chosen.rows.tolist() == [0, 1, 2, 3, 4]
-        assert [s.share for s in chosen.strata] == [1.0]
+        sample = sample_proposals(proposals, 8, count)
+        assert sample.rows.tolist() == [0, 1, 2, 3, 4]
+        assert [s.share for s in sample.strata] == [1.0]
 
 
-def test_chosen_proposals_stand_for_all():
+def test_sample_proposals_stand_for_all():
     """4 of 8 and of 6: rows, boxes and shares worked by hand."""
-    step = proposals_of([1, 2, 3, 4, 8, 8, 8, 8], [5, 8, 8, 8, 8, 8])
-    chosen = chosen_proposals(step, 8, 4)
-    assert chosen.rows.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
-    assert [len(p) for p in chosen.proposals] == [4, 4]
-    shares = [s.share for s in chosen.strata]
+    proposals = proposals_of([1, 2, 3, 4, 8, 8, 8, 8], [5, 8, 8, 8, 8, 8])
+    sample = sample_proposals(proposals, 8, 4)
+    assert sample.rows.tolist() == [0, 1, 2, 4, 8, 9, 10, 11]
+    assert [len(p) for p in sample.proposals] == [4, 4]
+    shares = [s.share for s in sample.strata]
     assert shares == pytest.approx([4 / 14, 4 / 14, 1 / 14, 5 / 14])
-    assert [s.indices.tolist() for s in chosen.strata] == [[0, 1, 2], [3], [4], [5, 6, 7]]
-    assert [s.is_foreground for s in chosen.strata] == [True, False, True, False]
-    classes = torch.cat([p.gt_classes for p in chosen.proposals])
-    for stratum in chosen.strata:
+    assert [s.indices.tolist() for s in sample.strata] == [[0, 1, 2], [3], [4], [5, 6, 7]]
+    assert [s.is_foreground for s in sample.strata] == [True, False, True, False]
+    classes = torch.cat([p.gt_classes for p in sample.proposals])
+    for stratum in sample.strata:
         own = torch.cat([p.gt_classes for p in stratum.proposals])
         assert torch.equal(own, classes[stratum.indices])
-    assert chosen.strata[1].proposals[0].proposal_boxes.tensor.tolist() == [[4, 4, 13, 13]]
-    assert chosen_proposals(step, 8, 4) is chosen  # once a step
+    assert sample.strata[1].proposals[0].proposal_boxes.tensor.tolist() == [[4, 4, 13, 13]]
 
 
 def test_the_mean_over_choices_is_the_loss_of_all():
@@ -327,19 +313,22 @@ def test_the_mean_over_choices_is_the_loss_of_all():
     for front in itertools.permutations(range(3)):
         for back in itertools.permutations(range(3, 6)):
             order = torch.tensor([*front, *back])
-            chosen = chosen_proposals(proposals_of(classes[order].tolist()), 8, 3)
-            own = values[order][chosen.rows]
-            found.append(sum(s.share * own[s.indices].mean() for s in chosen.strata))
-    assert len(chosen.rows) == 3
+            sample = sample_proposals(proposals_of(classes[order].tolist()), 8, 3)
+            own = values[order][sample.rows]
+            found.append(sum(s.share * own[s.indices].mean() for s in sample.strata))
+    assert len(sample.rows) == 3
     assert torch.stack(found).mean().item() == pytest.approx(values.mean().item(), rel=1e-5)
 
 
 def test_no_proposal_at_all():
-    chosen = chosen_proposals(proposals_of([], []), 8, 4)
-    assert len(chosen.rows) == 0 and chosen.strata == []
+    sample = sample_proposals(proposals_of([], []), 8, 4)
+    assert len(sample.rows) == 0 and sample.strata == []
 
 
-@pytest.mark.parametrize("kind, beta", [("smooth_l1", 0.0), ("smooth_l1", 0.5), ("giou", 0.0)])
+@pytest.mark.parametrize(
+    "kind, beta",
+    [("smooth_l1", 0.0), ("smooth_l1", 0.5), ("giou", 0.0), ("diou", 0.0), ("ciou", 0.0)],
+)
 def test_box_losses_are_detectron2s(kind, beta):
     """Of two estimates at once what Detectron2's own loss gives of each."""
     settings = SimpleNamespace(
@@ -358,8 +347,9 @@ def test_box_losses_are_detectron2s(kind, beta):
         for own in deltas
     ]  # fmt: skip
     found = box_losses(settings, boxes, matched, deltas)
-    torch.testing.assert_close(found, torch.stack(expected))
-    assert box_losses(settings, boxes[:0], matched[:0], deltas[:, :0]).tolist() == [0, 0]
+    assert found.shape == (2, 5)
+    torch.testing.assert_close(found.sum(1), torch.stack(expected))
+    assert box_losses(settings, boxes[:0], matched[:0], deltas[:, :0]).shape == (2, 0)
 
 
 def test_heads_that_are_not_known_are_not_taken_for_known():

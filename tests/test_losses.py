@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from era.losses import kd_loss, level_mean, mse, residual_mse
+from era.losses import kd_loss, level_mean, mse
+from era.methods.era.losses import residual_mse
 
 
 def test_mse_by_hand():

@@ -61,7 +61,7 @@ def test_predictions_on_given_proposals_align_and_have_no_gradient():
         instances = Instances((64, 64))
         instances.proposal_boxes = Boxes(torch.tensor([[4.0, 4.0, 30.0, 40.0]]).repeat(count, 1))
         proposals.append(instances)
-    logits, deltas = model.teacher.predict_rois(maps, proposals)
+    logits, deltas = model.teacher.predict(maps, proposals)
     assert logits.shape == (5, 9) and deltas.shape == (5, 32)
     assert not logits.requires_grad and not deltas.requires_grad
 

@@ -1,12 +1,13 @@
-"""Distillation of object detectors with ERA in Detectron2; importing it registers everything."""
+"""Distillation of object detectors in Detectron2; importing it registers everything."""
 
 from era.config import add_era_config, get_era_cfg, load_config, student_config
 from era.data.toy import register as _register_toy_dataset
 from era.errors import UserError
-from era.methods import METHOD_REGISTRY, Method
+from era.methods import Method
 from era.modeling.backbones.small_resnet import build_small_resnet_fpn_backbone
 from era.modeling.distiller import Distiller
 from era.modeling.teacher import Teacher
+from era.registry import METHOD_REGISTRY
 
 __version__ = "0.1.0"
 

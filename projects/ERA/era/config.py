@@ -1,7 +1,6 @@
-"""Every config key that this project adds to Detectron2's, with its meaning, unit and paper symbol.
+"""The config: the keys of the frame, safe loading, cheap checks.
 
-Symbols are those of ERA (arXiv 2508.16050) in the detection form that README.md describes: ``F_S``,
-``F_T`` student and teacher FPN maps, ``e_i`` estimates, ``B_i`` branches, ``N`` branches, ``s_i`` scales.
+Every other key belongs to a method and stands in the method's file (``Method.add_config``).
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from era.errors import UserError
+from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 
-NORMS = ("none", "BN", "SyncBN", "GN")
 CHANNELS_LAST = ("auto", "always", "never")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
+# MODEL.DISTILLER.INIT_STUDENT
+INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN = "none", "heads", "fpn_and_heads"
+INHERITANCE = (INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN)
 
 
 def add_era_config(cfg: CfgNode) -> None:
@@ -29,8 +31,12 @@ def add_era_config(cfg: CfgNode) -> None:
     # The student's own meta-architecture; everything else of the config describes that student too.
     _C.MODEL.DISTILLER.STUDENT_META_ARCHITECTURE = "GeneralizedRCNN"
     # Distillation methods by their registered names; their losses add up. () = none: a plain student
-    # that may still start from the teacher's heads (MODEL.ERA.TWI.INIT_STUDENT).
-    _C.MODEL.DISTILLER.METHODS = ("ERA",)
+    # that starts from the teacher's weights (INIT_STUDENT).
+    _C.MODEL.DISTILLER.METHODS = ()
+    # What of the student STARTS from the teacher's weights ("inheritance"; it moves AP by itself, so
+    # report it apart): none, heads (all that follows the FPN), or fpn_and_heads. Needs parts of equal
+    # shape. Not repeated when resuming.
+    _C.MODEL.DISTILLER.INIT_STUDENT = "none"
 
     # ---- The teacher: a config file, weights, overrides ----------------------------------------
     _C.MODEL.TEACHER = CfgNode()
@@ -43,56 +49,11 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.TEACHER.OPTS = []
     # Permit a teacher with random weights (smoke tests, benchmarks); only read if WEIGHTS is "".
     _C.MODEL.TEACHER.ALLOW_RANDOM = False
-
     # Memory layout of the teacher's backbone alone: auto, always or never. auto is on on a CPU, where it
     # measured 0.80 to 0.87 of the time (docs/performance.md), and off on a GPU: not measured there.
     _C.MODEL.TEACHER.CHANNELS_LAST = "auto"
     # Run the teacher's backbone through torch.compile; needs a C++ compiler.
     _C.MODEL.TEACHER.COMPILE = False
-
-    # ---- ERA -----------------------------------------------------------------------------------
-    _C.MODEL.ERA = CfgNode()
-    # FPN levels on which the student estimates the teacher's features. TWI needs every level that the
-    # teacher's RPN and ROI heads read.
-    _C.MODEL.ERA.LEVELS = ["p2", "p3", "p4", "p5", "p6"]
-
-    # MBRNet: N residual branches B_1..B_N, shared by the levels.
-    _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
-    _C.MODEL.ERA.NUM_BLOCKS = 2  # conv-norm blocks in a branch, a ReLU between two of them
-    _C.MODEL.ERA.KERNEL_SIZE = 1  # of every conv in a branch, pixels of the map; odd
-    _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
-    _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
-    _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
-    # Branch i reads F_S + sum_{j<i} B_j(x_j) (True) or F_S (False, parallel branches).
-    _C.MODEL.ERA.ACCUMULATED_INPUTS = True
-    # One up-projection U for all branches (True) or one U_i each (False). Only if channels differ.
-    _C.MODEL.ERA.SHARED_UP_PROJECTION = False
-    _C.MODEL.ERA.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N, weights of the branches' losses
-
-    # Run adapter and MBRNet in training through torch.compile (docs/performance.md).
-    _C.MODEL.ERA.COMPILE = False
-
-    # Loss weights; 0 switches a term off, and it is then not computed.
-    _C.MODEL.ERA.FEATURE_WEIGHT = 1.0  # w_f: MSE(e_0, F_T)
-    _C.MODEL.ERA.RESIDUAL_WEIGHT = 1.0  # w_r: (1/N) sum_i s_i MSE(d_i, F_T - e_{i-1})
-    _C.MODEL.ERA.KD_WEIGHT = 0.0  # w_k: tau^2 KL(teacher ROI classes || student ROI classes)
-    _C.MODEL.ERA.KD_TEMPERATURE = 1.0  # tau
-
-    # Teacher Weight Integration: the teacher's RPN and ROI box heads, frozen, judge e_0 (weight 1) and
-    # every e_i (weight s_i / N) against the ground truth.
-    _C.MODEL.ERA.TWI = CfgNode()
-    _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
-    _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
-    # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
-    # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
-    _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
-    # Let the student's RPN and ROI heads START from the teacher's weights ("inheritance"; it moves
-    # AP by itself, so report it apart). Needs heads of equal shape. Not repeated when resuming.
-    _C.MODEL.ERA.TWI.INIT_STUDENT = False
-
-    # Inference: 0 = the plain student, 1 = the teacher's heads on e_N, between = their predictions
-    # blended as (1 - alpha) * student + alpha * teacher's heads.
-    _C.MODEL.ERA.ALPHA = 0.0
 
     # ---- Training, data, evaluation --------------------------------------------------------------
     # Batches whose gradients are summed into one optimiser step. SOLVER.IMS_PER_BATCH stays the number
@@ -105,6 +66,9 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.DATASETS.COCO_FORMAT = []
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
+
+    for _, method in METHOD_REGISTRY:
+        method.add_config(cfg)
 
 
 def get_era_cfg() -> CfgNode:
@@ -183,7 +147,7 @@ def student_config(cfg: CfgNode) -> CfgNode:
     """
     stock = get_cfg()
     _copy_known_keys(cfg, stock)
-    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+    if is_distiller(cfg):
         stock.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILLER.STUDENT_META_ARCHITECTURE
     return stock
 
@@ -194,7 +158,6 @@ def validate_config(cfg: CfgNode) -> None:
     Raises:
         UserError: names the key, what was found, what was expected and what to do.
     """
-    era = cfg.MODEL.ERA
     if (
         cfg.SOLVER.ACCUMULATION_STEPS < 1
         or cfg.SOLVER.IMS_PER_BATCH % cfg.SOLVER.ACCUMULATION_STEPS
@@ -207,57 +170,27 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: expected one of {', '.join(AMP_DTYPES)}."
         )
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+    if not is_distiller(cfg):
         return
-
+    keys = cfg.MODEL.DISTILLER
+    if keys.INIT_STUDENT not in INHERITANCE:
+        raise UserError(
+            f"MODEL.DISTILLER.INIT_STUDENT is {keys.INIT_STUDENT!r}: expected one of "
+            f"{', '.join(INHERITANCE)}."
+        )
+    if len(keys.METHODS) == 0 and keys.INIT_STUDENT == INHERIT_NOTHING:
+        raise UserError(
+            "MODEL.DISTILLER.METHODS is empty and MODEL.DISTILLER.INIT_STUDENT is none, so nothing would be "
+            f"distilled: name methods out of {', '.join(sorted(name for name, _ in METHOD_REGISTRY))}, or "
+            "train the plain student by its own MODEL.META_ARCHITECTURE."
+        )
     if cfg.MODEL.TEACHER.CHANNELS_LAST not in CHANNELS_LAST:
         raise UserError(
             f"MODEL.TEACHER.CHANNELS_LAST is {cfg.MODEL.TEACHER.CHANNELS_LAST!r}: expected one of "
             f"{', '.join(CHANNELS_LAST)}."
         )
-    if not 0.0 <= era.ALPHA <= 1.0:
-        raise UserError(
-            f"MODEL.ERA.ALPHA is {era.ALPHA}: expected a number from 0 (plain student) to 1 (teacher's "
-            "heads on the estimate); set it within that range."
-        )
-    weights = {
-        "MODEL.ERA.FEATURE_WEIGHT": era.FEATURE_WEIGHT,
-        "MODEL.ERA.RESIDUAL_WEIGHT": era.RESIDUAL_WEIGHT,
-        "MODEL.ERA.KD_WEIGHT": era.KD_WEIGHT,
-        "MODEL.ERA.TWI.RPN_WEIGHT": era.TWI.RPN_WEIGHT,
-        "MODEL.ERA.TWI.ROI_WEIGHT": era.TWI.ROI_WEIGHT,
-        **{f"MODEL.ERA.SCALES[{i}]": s for i, s in enumerate(era.SCALES)},
-    }
-    for key, value in weights.items():
-        if not 0.0 <= value < float("inf"):
-            raise UserError(f"{key} is {value}: expected a finite number of at least 0; set it so.")
-    if era.TWI.PROPOSALS_PER_IMAGE < 0:
-        raise UserError(
-            f"MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is {era.TWI.PROPOSALS_PER_IMAGE}: expected a number of "
-            "proposals, or 0 for all."
-        )
-    if era.NUM_BRANCHES < 0:
-        raise UserError(f"MODEL.ERA.NUM_BRANCHES is {era.NUM_BRANCHES}: expected 0 or more.")
-    if len(era.SCALES) != era.NUM_BRANCHES:
-        raise UserError(
-            f"MODEL.ERA.SCALES has {len(era.SCALES)} numbers and MODEL.ERA.NUM_BRANCHES is "
-            f"{era.NUM_BRANCHES}: expected one scale a branch; change one of the two."
-        )
-    if era.NORM not in NORMS:
-        raise UserError(f"MODEL.ERA.NORM is {era.NORM!r}: expected one of {', '.join(NORMS)}.")
-    if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
-        raise UserError(
-            f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on."
-        )
-    if era.NUM_BLOCKS < 1 or era.HIDDEN_CHANNELS < 0:
-        raise UserError(
-            f"MODEL.ERA.NUM_BLOCKS is {era.NUM_BLOCKS} and MODEL.ERA.HIDDEN_CHANNELS is "
-            f"{era.HIDDEN_CHANNELS}: expected at least 1 block and at least 0 channels."
-        )
-    if era.KD_TEMPERATURE <= 0:
-        raise UserError(f"MODEL.ERA.KD_TEMPERATURE is {era.KD_TEMPERATURE}: expected more than 0.")
-    if not era.LEVELS:
-        raise UserError("MODEL.ERA.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
+    for method in methods_of(cfg).values():
+        method.check_config(cfg)
 
 
 def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:

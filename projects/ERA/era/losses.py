@@ -1,4 +1,4 @@
-"""The distillation losses as pure functions; torch alone.
+"""Losses that several methods share, as pure functions; torch alone.
 
 Every function computes in float32 (or wider, if its inputs are wider), also under autocast, and stays
 connected to the graph when there is nothing to compare.
@@ -46,20 +46,6 @@ def level_mean(values: Sequence[Tensor]) -> Tensor:
     if len(values) == 0:
         raise ValueError("the mean over no level is undefined")
     return torch.stack(tuple(values)).mean()
-
-
-def residual_mse(residual: Tensor, previous: Tensor, target: Tensor) -> Tensor:
-    """``MSE(d_i, sg(F_T - e_{i-1}))``, ERA's loss of branch ``i`` at one level.
-
-    In value this equals ``MSE(e_i, F_T)`` with ``e_i = e_{i-1} + d_i``; the gradient reaches ``d_i``
-    alone.
-
-    Args:
-        residual: ``d_i``, shape (B, C, H, W).
-        previous: ``e_{i-1}``, same shape; treated as a constant.
-        target: ``F_T``, same shape; treated as a constant.
-    """
-    return mse(residual, at_least_float32(target).detach() - previous.detach())
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

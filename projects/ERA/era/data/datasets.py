@@ -111,13 +111,12 @@ def check_datasets(cfg, for_training: bool) -> list[str] | None:
     return classes
 
 
-def check_num_classes(class_names: list[str], num_classes: int, who: str) -> None:
-    """Raise UserError unless the model of ``who`` ("student", ...) has one output per class."""
+def check_num_classes(class_names: list[str], num_classes: int, key: str) -> None:
+    """Raise UserError unless a model has one output per class; ``key`` names whose setting it is."""
     if len(class_names) != num_classes:
         raise UserError(
-            f"the {who}'s MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but the datasets have "
-            f"{len(class_names)} classes: set it to {len(class_names)} in the {who}'s config, or "
-            "choose the datasets it was made for"
+            f"the {key} is {num_classes}, but the datasets have {len(class_names)} classes: set it to "
+            f"{len(class_names)}, or choose the datasets that the model was made for"
         )
 
 

@@ -3,106 +3,18 @@ student's backbone with MBRNet under copies of the teacher's heads (alpha 1)."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone, GeneralizedRCNN, build_model
-from torch import Tensor, nn
+from detectron2.modeling import GeneralizedRCNN, build_model
+from torch import nn
 
 from era.checkpoint.reading import SafeCheckpointer, load_exactly
 from era.config import load_config, student_config
 from era.errors import UserError
-from era.methods.era.mbrnet import FeatureEstimator
-from era.modeling.distiller import Distiller
 from era.modeling.teacher import teacher_config
-
-
-class EstimatingBackbone(Backbone):
-    """The student's backbone and FPN, then adapter and MBRNet: its features are ``e_N``.
-
-    Args:
-        student: backbone of the student, size divisibility included.
-        estimator: gives ``e_N`` from the student's maps.
-        channels: of ``e_N``, the teacher's.
-    """
-
-    def __init__(self, student: Backbone, estimator: FeatureEstimator, channels: int):
-        super().__init__()
-        self.student = student
-        self.estimator = estimator
-        self._channels = channels
-
-    @property
-    def size_divisibility(self) -> int:
-        """The student's."""
-        return self.student.size_divisibility
-
-    @property
-    def padding_constraints(self) -> dict[str, int]:
-        """The student's."""
-        return self.student.padding_constraints
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Teacher's channels at the student's strides, for the estimated levels."""
-        shapes = self.student.output_shape()
-        return {
-            level: ShapeSpec(channels=self._channels, stride=shapes[level].stride)
-            for level in self.estimator.levels
-        }
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``e_N`` by level, each (B, C_T, H, W), of images (B, 3, height, width)."""
-        return self.estimator.final(self.student(images))
-
-
-def compose_alpha_1(distiller: Distiller) -> GeneralizedRCNN:
-    """The detector of alpha 1 as an ordinary model, in eval mode.
-
-    It computes what :class:`era.methods.era.inference.BlendedDetector` computes at alpha 1. The teacher's heads are
-    copied and get the student's test settings; its backbone is not in the model.
-
-    Raises:
-        UserError: the distiller has no ERA, or the student predicts masks or keypoints.
-    """
-    if "era" not in distiller.methods:
-        raise UserError(
-            f"MODEL.DISTILLER.METHODS is {list(distiller.methods)}: alpha 1 needs a run distilled with "
-            "ERA; export alpha 0."
-        )
-    student = distiller.student
-    teacher = distiller.teacher.model
-    refuse_masks(student, "alpha 1")
-    rpn = copy.deepcopy(teacher.proposal_generator)
-    own = student.proposal_generator
-    rpn.nms_thresh, rpn.min_box_size = own.nms_thresh, own.min_box_size
-    rpn.pre_nms_topk, rpn.post_nms_topk = dict(own.pre_nms_topk), dict(own.post_nms_topk)
-    roi_heads = copy.deepcopy(teacher.roi_heads)
-    for head in ("mask", "keypoint"):  # a Mask R-CNN may teach; its boxes are what is deployed
-        setattr(roi_heads, f"{head}_on", False)
-        for part in ("in_features", "pooler", "head"):
-            if hasattr(roi_heads, f"{head}_{part}"):
-                delattr(roi_heads, f"{head}_{part}")
-    for key in ("test_score_thresh", "test_nms_thresh", "test_topk_per_image"):
-        setattr(roi_heads.box_predictor, key, getattr(student.roi_heads.box_predictor, key))
-    estimator = distiller.methods["era"].estimator
-    level = estimator.levels[0]
-    model = GeneralizedRCNN(
-        backbone=EstimatingBackbone(
-            copy.deepcopy(student.backbone),
-            copy.deepcopy(estimator),
-            teacher.backbone.output_shape()[level].channels,
-        ),
-        proposal_generator=rpn,
-        roi_heads=roi_heads,
-        pixel_mean=student.pixel_mean.flatten().tolist(),
-        pixel_std=student.pixel_std.flatten().tolist(),
-        input_format=student.input_format,
-    )
-    return model.requires_grad_(False).eval()
 
 
 def refuse_masks(model: GeneralizedRCNN, what: str) -> None:
@@ -186,7 +98,7 @@ def load_folder(folder: Path, manifest: dict) -> GeneralizedRCNN:
     else:
         cfg.MODEL.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
         cfg.MODEL.TEACHER.ALLOW_RANDOM = True  # its heads come with model.pth
-        model = compose_alpha_1(build_model(cfg))
+        model = build_model(cfg).deployable()
     load_exactly(model, str(folder / "model.pth"), what="the folder's")
     return model.requires_grad_(False).eval()
 

@@ -16,10 +16,11 @@ from torch import nn
 from era.checkpoint.reading import misfits
 from era.config import load_config, student_config, validate_config
 from era.data.datasets import register_from_config
-from era.deploy.model import EagerBackend, WholeCheckpointer, compose_alpha_1
+from era.deploy.model import EagerBackend, WholeCheckpointer
 from era.engine.preflight import teacher_record
 from era.errors import UserError
-from era.modeling.detectors.rcnn import check_student
+from era.modeling.detectors import detector_of
+from era.registry import set_alpha
 from era_runtime import Predictor
 from era_runtime.preprocess import InputRules
 
@@ -117,15 +118,15 @@ def load_source(
                 f"MODEL.META_ARCHITECTURE of {config_file} is {cfg.MODEL.META_ARCHITECTURE}: alpha 1 "
                 "needs a distilled run; export alpha 0 or name another run."
             )
-        cfg.MODEL.ERA.ALPHA = 1.0
+        set_alpha(cfg, 1.0)
         validate_config(cfg)
         eager = build_model(cfg)
     else:
         eager = build_model(student_config(cfg))
-        check_student(eager)
+        detector_of(eager).check_student()
     load_whole(eager, weights)
     eager.eval().requires_grad_(False)
-    model = compose_alpha_1(eager) if alpha == 1 else eager
+    model = eager.deployable() if alpha == 1 else eager
     categories = class_categories(cfg, classes_file)
     return Source(
         cfg, config_file, weights, [str(o) for o in opts], alpha, eager, model, categories

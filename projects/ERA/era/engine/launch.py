@@ -13,13 +13,13 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from era import compat
 from era.engine.evaluation import evaluate, evaluate_teacher
 from era.engine.preflight import (
     build_for_evaluation,
     check_data,
     preflight,
     setup_config,
-    wants_inheritance,
 )
 from era.engine.trainer import Trainer
 from era.errors import UserError
@@ -36,7 +36,6 @@ examples:
   on the CPU, shortened:   %(prog)s --config-file configs/toy/era.yaml SOLVER.MAX_ITER 20
   go on after a stop:      %(prog)s --config-file ... --resume
   evaluate:                %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-  another alpha:           ... --eval-only MODEL.WEIGHTS output/model_final.pth MODEL.ERA.ALPHA 1.0
 
 Trailing KEY VALUE pairs override the config; README.md lists this project's keys.
 """
@@ -106,12 +105,10 @@ def run_process(args: argparse.Namespace) -> dict | None:
             if cfg.TEST.EVAL_TEACHER and isinstance(model, Distiller):
                 results["teacher"] = evaluate_teacher(cfg, model)
             return results
-        if wants_inheritance(cfg):
-            logger.info("The student will inherit the teacher's heads (INIT_STUDENT True).")
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
-        return getattr(trainer, "_last_eval_results", None)
+        return compat.last_evaluation(trainer)
     except UserError as e:
         if comm.get_world_size() == 1:
             raise

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +21,9 @@ from era.config import load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
+from era.modeling.detectors import known_family
 from era.modeling.distiller import Distiller
+from era.registry import is_distiller, methods_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +49,22 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
         cfg = scale_to_world(cfg, world_size)
         cfg.defrost()
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
-        for key, norm in {
-            "MODEL.ERA.NORM": cfg.MODEL.ERA.NORM,
-            "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
-            "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM,
-        }.items():
-            if norm == "SyncBN":
-                raise UserError(
-                    f"{key} is SyncBN, which torch cannot do in {world_size} CPU processes: use BN or GN, "
-                    "or one process."
-                )
+        for key in keys_with_value(cfg, "SyncBN"):
+            raise UserError(
+                f"{key} is SyncBN, which torch cannot do in {world_size} CPU processes: use BN or GN, or one "
+                "process."
+            )
     cfg.freeze()
     return cfg
+
+
+def keys_with_value(cfg: CfgNode, value: object, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the keys that have this value, whoever owns them."""
+    for key, found in cfg.items():
+        if isinstance(found, CfgNode):
+            yield from keys_with_value(found, value, f"{prefix}{key}.")
+        elif found == value:
+            yield f"{prefix}{key}"
 
 
 def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -109,8 +116,11 @@ def check_data(cfg: CfgNode, *, for_training: bool) -> None:
     """
     register_from_config(cfg)
     class_names = check_datasets(cfg, for_training=for_training)
-    if class_names is not None:
-        check_num_classes(class_names, student_config(cfg).MODEL.ROI_HEADS.NUM_CLASSES, "student")
+    student = student_config(cfg)
+    family = known_family(student)
+    if class_names is not None and family is not None:
+        key = family.num_classes_key()
+        check_num_classes(class_names, family.num_classes_in(student), f"student's {key}")
 
 
 def check_writable(folder: str) -> None:
@@ -137,16 +147,19 @@ def check_writable(folder: str) -> None:
 def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
     """The model that ``--eval-only`` evaluates, with its weights.
 
-    At alpha 0 without ``TEST.EVAL_TEACHER`` this is the plain student, and no teacher is needed. With
+    Where no method detects with the teacher, and without ``TEST.EVAL_TEACHER``, this is the plain student, and no teacher is needed. With
     ``resume`` the last checkpoint of ``OUTPUT_DIR`` is read instead of ``MODEL.WEIGHTS``.
 
     Raises:
         UserError: weights that cannot be read, or a distiller's checkpoint of another teacher.
     """
-    needs_teacher = cfg.MODEL.META_ARCHITECTURE == "Distiller" and (
-        cfg.MODEL.ERA.ALPHA > 0 or cfg.TEST.EVAL_TEACHER
-    )
-    model = build_model(cfg if needs_teacher else student_config(cfg))
+    teacher_detects = {
+        name: method
+        for name, method in methods_of(cfg).items()
+        if method.needs(cfg).teacher_at_inference
+    }
+    builds_distiller = bool(teacher_detects) or (is_distiller(cfg) and cfg.TEST.EVAL_TEACHER)
+    model = build_model(cfg if builds_distiller else student_config(cfg))
     checkpointer = SafeCheckpointer(
         model, cfg.OUTPUT_DIR, save_to_disk=False, **teacher_record(model)
     )
@@ -154,20 +167,18 @@ def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
     if resume and checkpointer.has_checkpoint():
         path = checkpointer.get_checkpoint_file()
     checkpointer.load(path)
-    if needs_teacher and cfg.MODEL.ERA.ALPHA > 0 and not checkpointer.filled_methods:
+    if teacher_detects and not checkpointer.filled_methods:
+        keys = ", ".join(method.alpha_key or name for name, method in teacher_detects.items())
         raise UserError(
-            f"MODEL.WEIGHTS {path!r} holds no MBRNet: MODEL.ERA.ALPHA {cfg.MODEL.ERA.ALPHA} needs a "
-            "checkpoint of a distilled run (OUTPUT_DIR/model_final.pth); name that, or set alpha 0."
+            f"MODEL.WEIGHTS {path!r} holds no modules of the method {', '.join(teacher_detects)}, with which "
+            f"this config detects ({keys}): name a checkpoint of the distilled run "
+            "(OUTPUT_DIR/model_final.pth), or set alpha 0."
         )
     return model
 
 
 def teacher_record(model: nn.Module) -> dict[str, TeacherRecord]:
-    """The teacher's entry for a checkpointer of ``model``; empty for a plain model."""
+    """The teacher's entry for a checkpointer of ``model``; empty for a model without one."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    return {"teacher": TeacherRecord(model.teacher)} if isinstance(model, Distiller) else {}
-
-
-def wants_inheritance(cfg: CfgNode) -> bool:
-    """Whether the student is to start from the teacher's heads."""
-    return cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.MODEL.ERA.TWI.INIT_STUDENT
+    has_teacher = isinstance(model, Distiller) and model.teacher is not None
+    return {"teacher": TeacherRecord(model.teacher)} if has_teacher else {}

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
+from era.config import INHERIT_FPN, INHERIT_NOTHING
 from era.engine.evaluation import BoxEvaluator, evaluate, evaluate_teacher
-from era.engine.preflight import teacher_record, wants_inheritance
+from era.engine.preflight import teacher_record
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
+from era.registry import is_distiller
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +142,12 @@ class Trainer(DefaultTrainer):
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer; a fresh start of a distiller may let the student inherit the heads."""
+        """As DefaultTrainer; a fresh start of a distiller may let the student inherit weights."""
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
-        if not resumed and wants_inheritance(self.cfg):
-            self.bare_model.init_student_from_teacher()
+        inherited = self.cfg.MODEL.DISTILLER.INIT_STUDENT
+        if is_distiller(self.cfg) and inherited != INHERIT_NOTHING and not resumed:
+            self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and the plain student at the end."""

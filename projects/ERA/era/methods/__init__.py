@@ -1,7 +1,11 @@
-"""Distillation methods; importing this package registers those that come with the project."""
+"""Distillation methods. A file or folder here is a method; importing this package registers all of them."""
 
-from era.methods.base import METHOD_REGISTRY, Method, build_methods
-from era.methods.era.method import ERA
-from era.modeling.step import DistillationStep
+import importlib
+import pkgutil
 
-__all__ = ["ERA", "METHOD_REGISTRY", "DistillationStep", "Method", "build_methods"]
+from era.methods.base import Chart, Method, Needs
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+__all__ = ["Chart", "Method", "Needs"]

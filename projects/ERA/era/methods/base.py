@@ -1,64 +1,180 @@
-"""What a distillation method is given and what it returns."""
+"""What a distillation method is, what it is given and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.modeling.step import DistillationStep
-from era.modeling.teacher import Teacher
+from era.modeling.detectors import Detector
+from era.modeling.step import Step
 
-METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
-METHOD_REGISTRY.__doc__ = """
-Distillation methods by name. An entry is called with ``(cfg, student, teacher)`` and returns a
-:class:`Method`; ``MODEL.DISTILLER.METHODS`` lists the names.
-"""
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs, known from the config before anything is built.
+
+    Attributes:
+        teacher: whether training needs the teacher; an online method does without.
+        teacher_at_inference: whether the trained model detects with parts of the teacher.
+    """
+
+    teacher: bool = True
+    teacher_at_inference: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Scalars that a method puts into the event storage, as a report draws them.
+
+    Attributes:
+        title, y_label: of the chart; iterations are its x axis.
+        pattern: regular expression for a scalar's whole name, with a group ``curve``; a curve is the mean
+            of all scalars with the same group.
+        curve_name: from the group to the curve's name in the legend.
+        log_scale: whether the y axis is logarithmic.
+        explanation: how to read it, one or two sentences.
+    """
+
+    title: str
+    y_label: str
+    pattern: str
+    curve_name: Callable[[str], str]
+    log_scale: bool = False
+    explanation: str = ""
 
 
 class Method(nn.Module):
-    """Base of the distillation methods.
+    """Base of the distillation methods: one file or folder each, which owns all that is the method's.
 
-    A method owns the modules that only training needs (adapters, MBRNet); they are saved in training
+    Register a subclass with ``METHOD_REGISTRY.register()``. It is built by ``cls(cfg, student, teacher)``
+    (:class:`~era.modeling.detectors.Detector`, :class:`~era.modeling.teacher.Teacher` or None), usually
+    under Detectron2's ``@configurable`` with a ``from_config`` of these three.
+
+    A method owns the modules that only training needs (adapters, projectors); they are saved in training
     checkpoints and are in no student. It must not draw from the global random state, and a loss whose
     weight is 0 is left out and its modules are frozen, so that plain training is reproduced exactly and
     DDP waits for nothing.
+
+    Attributes:
+        idea, paper: one line each.
+        loss_labels: what a chart calls each loss, by the loss's name.
+        charts: further charts of what the method logs.
+        alpha_key: the config key, 0 to 1, that says how far inference leans on the teacher; None if the
+            trained student alone detects.
     """
 
-    def losses(self, step: DistillationStep) -> dict[str, Tensor]:
-        """Weighted losses by name (``loss_<method>_<term>``); their sum is added to the student's.
+    idea: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    loss_labels: ClassVar[dict[str, str]] = {}
+    charts: ClassVar[tuple[Chart, ...]] = ()
+    alpha_key: ClassVar[str | None] = None
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add the method's keys under ``MODEL.<NAME>``, each with its meaning and paper symbol, in place."""
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Check the method's keys by themselves; called if the run uses the method.
+
+        Raises:
+            UserError: one sentence about the first wrong key.
+        """
+
+    @classmethod
+    def needs(cls, cfg: CfgNode) -> Needs:
+        """What this run's settings need; by default a teacher in training alone."""
+        return Needs()
+
+    @classmethod
+    def benchmark_rows(cls, cfg: CfgNode) -> dict[str, Callable[..., Method]]:
+        """Further rows of ``tools/benchmark.py``: by name, what builds the method with one setting changed.
+
+        Each is called as the class itself is, ``(cfg, student, teacher)``; the row of the method as
+        configured comes from the frame.
+        """
+        return {}
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Weighted losses by name, ``loss_<method>_<term>``; their sum is added to the student's.
 
         Statistics belong in the event storage, never in this dict: the trainer sums all of it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its losses are")
 
-    def detector(self, student: GeneralizedRCNN) -> Callable | None:
+    def reweight(self, step: Step) -> dict[str, Tensor]:
+        """Weights of the student's own losses, sample by sample; by default none is changed.
+
+        Returns:
+            By the name of a loss in ``step.task_losses``, one weight for each of its ``values``, (n,).
+            Weights of several methods are multiplied.
+        """
+        return {}
+
+    def detector(self, student: Detector) -> Callable | None:
         """Another detector than the plain student for inference, or None.
 
         The callable takes ``(batched_inputs, do_postprocess)`` and returns what
-        ``GeneralizedRCNN.inference`` returns.
+        :meth:`~era.modeling.detectors.Detector.detect` returns. One method of a run may have one.
         """
         return None
 
+    def deployable(self, student: Detector) -> nn.Module | None:
+        """What :meth:`detector` computes as one ordinary model of the student's family in eval mode, for
+        export; None where there is no such model."""
+        return None
 
-def build_methods(cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> nn.ModuleDict:
-    """The methods that ``MODEL.DISTILLER.METHODS`` lists, by their lower-case names.
+
+def check_weights(weights: dict[str, float]) -> None:
+    """Loss weights, by config key, are finite and at least 0.
 
     Raises:
-        UserError: an unknown or repeated name, or a method's own check failed.
+        UserError: names the first key that is not.
     """
-    known = sorted(name for name, _ in METHOD_REGISTRY)
-    methods = nn.ModuleDict()
-    for name in cfg.MODEL.DISTILLER.METHODS:
-        if name not in known:
+    for key, value in weights.items():
+        if not 0.0 <= value < float("inf"):
+            raise UserError(f"{key} is {value}: expected a finite number of at least 0; set it so.")
+
+
+def check_levels(
+    student: Detector, teacher: Detector, levels: list[str], key: str
+) -> tuple[int, int]:
+    """Both models have every level, at equal strides and with one channel count each.
+
+    Args:
+        key: the config key that names the levels, for messages.
+
+    Returns:
+        Channels of the student's and of the teacher's maps.
+
+    Raises:
+        UserError: names the level and what differs.
+    """
+    shapes = {"student": student.feature_shapes, "teacher": teacher.feature_shapes}
+    for who, shape in shapes.items():
+        missing = [level for level in levels if level not in shape]
+        if missing:
             raise UserError(
-                f"MODEL.DISTILLER.METHODS names {name!r}: expected names out of {', '.join(known)}."
+                f"{key} is {levels}, but the {who}'s backbone has no {missing} (it has {sorted(shape)}): "
+                "list levels that both models have."
             )
-        if name.lower() in methods:
-            raise UserError(f"MODEL.DISTILLER.METHODS names {name!r} twice: name it once.")
-        methods[name.lower()] = METHOD_REGISTRY.get(name)(cfg, student, teacher)
-    return methods
+        channels = {shape[level].channels for level in levels}
+        if len(channels) > 1:
+            raise UserError(
+                f"{key} is {levels}, at which the {who} has {sorted(channels)} channels: one number is "
+                "expected at all levels; list levels of an FPN."
+            )
+    for level in levels:
+        strides = {who: shape[level].stride for who, shape in shapes.items()}
+        if len(set(strides.values())) > 1:
+            raise UserError(
+                f"{key} names {level}, which has stride {strides['student']} in the student and "
+                f"{strides['teacher']} in the teacher: the FPN levels of both must match; choose a teacher "
+                "with the same strides or leave the level out."
+            )
+    return shapes["student"][levels[0]].channels, shapes["teacher"][levels[0]].channels

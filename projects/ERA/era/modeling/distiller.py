@@ -7,42 +7,56 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import Tensor, nn
 
-from era.config import student_config, validate_config
+from era.config import INHERIT_HEADS, INHERIT_NOTHING, student_config, validate_config
 from era.errors import UserError
-from era.methods import build_methods
-from era.methods.era.twi import check_equal_heads, check_teacher_heads
-from era.modeling.detectors.rcnn import check_student, record
-from era.modeling.step import DistillationStep
+from era.modeling.detectors import Detector, detector_of
+from era.modeling.step import Step
 from era.modeling.teacher import Teacher
+from era.registry import methods_of
 
 logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
-    """Trains a stock student beside a frozen teacher; at inference it is the student (alpha 0).
+    """Trains a stock student beside a frozen teacher; at inference it is the student, unless a method says
+    otherwise.
 
     In training, ``forward`` returns the student's own losses plus those of every method. The student's
     forward is Detectron2's own, undisturbed. The teacher is not a submodule, so the optimiser, DDP, the
     checkpoints and ``train()`` never reach it; it follows ``to()``.
 
     Args:
-        student: a stock model.
-        teacher: the frozen teacher.
-        methods: distillation methods by name; none means a plain student.
+        student: a stock model of a known family.
+        teacher: the frozen teacher; None if no method needs one.
+        methods: distillation methods by lower-case name; none means a plain student.
+
+    Raises:
+        UserError: more than one method brings its own detector.
     """
 
     @configurable
     def __init__(
-        self, *, student: GeneralizedRCNN, teacher: Teacher, methods: nn.ModuleDict | None = None
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher | None = None,
+        methods: nn.ModuleDict | None = None,
     ):
         super().__init__()
         self.student = student
         self.methods = methods if methods is not None else nn.ModuleDict()
+        self.detector = detector_of(student)
         self._teacher = (teacher,)
+        own = [name for name, m in self.methods.items() if m.detector(self.detector) is not None]
+        if len(own) > 1:
+            raise UserError(
+                f"MODEL.DISTILLER.METHODS: {' and '.join(own)} both bring a detector of their own for "
+                "inference: leave one of them the plain student (alpha 0)."
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -56,19 +70,22 @@ class Distiller(nn.Module):
         """
         validate_config(cfg)
         student = build_model(student_config(cfg))
-        check_student(student)
+        detector = detector_of(student)
+        detector.check_student()
         with _random_state_of_its_own(cfg):
-            teacher = Teacher(cfg)
-            check_classes(student, teacher)
-            if cfg.MODEL.ERA.TWI.INIT_STUDENT:
-                check_teacher_heads(teacher.model, student, list(cfg.MODEL.ERA.LEVELS))
-                check_equal_heads(teacher.model, student, reason="MODEL.ERA.TWI.INIT_STUDENT True")
-            methods = build_methods(cfg, student, teacher)
+            teacher = Teacher(cfg) if needs_teacher(cfg) else None
+            if teacher is not None:
+                check_classes(detector, teacher)
+            if cfg.MODEL.DISTILLER.INIT_STUDENT != INHERIT_NOTHING:
+                check_inheritance(cfg, detector, teacher.detector)
+            methods = nn.ModuleDict(
+                {name: method(cfg, detector, teacher) for name, method in methods_of(cfg).items()}
+            )
         return {"student": student, "teacher": teacher, "methods": methods}
 
     @property
-    def teacher(self) -> Teacher:
-        """The frozen teacher."""
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, if there is one."""
         return self._teacher[0]
 
     @property
@@ -77,58 +94,109 @@ class Distiller(nn.Module):
         return self.student.device
 
     def _apply(self, fn, recurse: bool = True):
-        self.teacher._apply(fn, recurse)
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """Losses by name in training, detections in eval; inputs and outputs as ``GeneralizedRCNN``."""
+        """Losses by name in training, detections in eval; inputs and outputs as the student's own.
+
+        Raises:
+            ValueError: a loss of a method is not named ``loss_<method>_<term>``, or is there already.
+        """
         if not self.training:
             return self.inference(batched_inputs)
         if len(self.methods) == 0:
             return self.student(batched_inputs)
-        with record(self.student) as recording:
+        with self.detector.record() as recording:
             losses = self.student(batched_inputs)
-        step = DistillationStep(
-            student=recording,
-            teacher=self.teacher,
-            teacher_features=self.teacher.features(
-                batched_inputs, recording.features, recording.images.tensor.shape[-2:]
-            ),
-        )
-        for method in self.methods.values():
-            losses.update(method.losses(step))
+        step = Step(batched_inputs, recording, self.detector, self.teacher)
+        losses.update(self._reweighted(step))
+        for name, method in self.methods.items():
+            for key, loss in method.losses(step).items():
+                if key in losses or not key.startswith(f"loss_{name}_"):
+                    raise ValueError(
+                        f"method {name} returns the loss {key!r}: expected a name of its own, "
+                        f"loss_{name}_<term>, that no other loss of the step has"
+                    )
+                losses[key] = loss
         return losses
 
-    def inference(self, batched_inputs: list[dict], do_postprocess: bool = True):
-        """Detections of the plain student, or of a method's own detector (ERA at alpha above 0)."""
+    def _reweighted(self, step: Step) -> dict[str, Tensor]:
+        """The student's own losses that methods weight, by name; weights of several are multiplied."""
+        weights: dict[str, Tensor] = {}
         for method in self.methods.values():
-            detector = method.detector(self.student)
+            for key, own in method.reweight(step).items():
+                weights[key] = weights[key] * own if key in weights else own
+        return {key: step.task_losses[key].weighted(own) for key, own in weights.items()}
+
+    def inference(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list:
+        """Detections of the plain student, or of a method's own detector."""
+        for method in self.methods.values():
+            detector = method.detector(self.detector)
             if detector is not None:
                 return detector(batched_inputs, do_postprocess)
-        return self.student.inference(batched_inputs, do_postprocess=do_postprocess)
+        return self.detector.detect(batched_inputs, do_postprocess)
 
-    @torch.no_grad()
-    def init_student_from_teacher(self) -> None:
-        """Copy the teacher's RPN and ROI heads into the student's (``MODEL.ERA.TWI.INIT_STUDENT``)."""
-        for part in ("proposal_generator", "roi_heads"):
-            weights = getattr(self.teacher.model, part).state_dict()
-            getattr(self.student, part).load_state_dict(weights, strict=True)
-        logger.info("The student's RPN and ROI heads start from the teacher's weights (inherited).")
+    def deployable(self) -> nn.Module:
+        """What :meth:`inference` computes as one ordinary model in eval mode, for export.
+
+        Raises:
+            UserError: a method's detector is no such model.
+        """
+        for name, method in self.methods.items():
+            if method.detector(self.detector) is not None:
+                model = method.deployable(self.detector)
+                if model is None:
+                    raise UserError(
+                        f"the detector of method {name} with these settings is no single model: export "
+                        "alpha 0, the plain student, or alpha 1."
+                    )
+                return model
+        return self.student
+
+    def init_student_from_teacher(self, *, fpn: bool = False) -> None:
+        """Copy the teacher's heads, and its FPN if asked for, into the student (``INIT_STUDENT``)."""
+        self.detector.inherit(self.teacher.detector, fpn=fpn)
+        what = "FPN and heads start" if fpn else "heads start"
+        logger.info("The student's %s from the teacher's weights (inherited).", what)
 
 
-def check_classes(student: GeneralizedRCNN, teacher: Teacher) -> None:
+def needs_teacher(cfg: CfgNode) -> bool:
+    """Whether a distiller of this config trains with a teacher: a method needs it, or the student starts from
+    it, or it is evaluated beside the student."""
+    return (
+        any(method.needs(cfg).teacher for method in methods_of(cfg).values())
+        or cfg.MODEL.DISTILLER.INIT_STUDENT != INHERIT_NOTHING
+        or cfg.TEST.EVAL_TEACHER
+    )
+
+
+def check_classes(student: Detector, teacher: Teacher) -> None:
     """Student and teacher tell the same number of classes apart.
 
     Raises:
         UserError: they do not.
     """
-    own = student.roi_heads.num_classes
-    if own != teacher.num_classes:
+    own, other = student.num_classes, teacher.detector.num_classes
+    if own != other:
         raise UserError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {own} in the student and {teacher.num_classes} in the "
-            f"teacher of {teacher.source['config_file']}: expected equal numbers; distil with a teacher "
-            "trained on the same classes, or correct the student's config."
+            f"{student.num_classes_key()} is {own} in the student and {other} in the teacher of "
+            f"{teacher.source['config_file']}: expected equal numbers; distil with a teacher trained on the "
+            "same classes, or correct the student's config."
         )
+
+
+def check_inheritance(cfg: CfgNode, student: Detector, teacher: Detector) -> None:
+    """The student can start from the teacher's heads as ``MODEL.DISTILLER.INIT_STUDENT`` asks.
+
+    Raises:
+        UserError: they differ in shape, anchors or box coders.
+    """
+    value = cfg.MODEL.DISTILLER.INIT_STUDENT
+    reason = f"MODEL.DISTILLER.INIT_STUDENT {value}"
+    teacher.check_judge(student, reason)
+    student.check_equal_heads(teacher, fpn=value != INHERIT_HEADS, reason=reason)
 
 
 @contextmanager

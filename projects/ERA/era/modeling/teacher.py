@@ -8,14 +8,15 @@ import math
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
-from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
 from era.config import get_era_cfg, merge_config, student_config
 from era.errors import UserError
+from era.modeling.detectors import Predictions, detector_of, known_family
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Teacher(nn.Module):
     It sees the student's images but preprocesses them for itself (channel order, mean, std).
 
     Args:
-        model: a GeneralizedRCNN that was not trained here; frozen in place.
+        model: a stock detector; frozen in place.
         input_format: channel order that the model expects, ``BGR`` or ``RGB``.
         received_format: channel order of the images that it will be given.
         source: config file and weights as the user named them, for logs and checkpoints.
@@ -38,7 +39,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         *,
-        model: GeneralizedRCNN,
+        model: nn.Module,
         input_format: str,
         received_format: str,
         source: dict[str, str],
@@ -47,7 +48,8 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.lay_out(channels_last=channels_last)
+        self.detector = detector_of(model)
+        self.set_memory_format(channels_last=channels_last)
         # in a tuple: torch.compile's wrapper must not become a submodule and rename the weights
         self._backbone = (
             torch.compile(model.backbone, dynamic=True) if compile_backbone else model.backbone,
@@ -68,15 +70,15 @@ class Teacher(nn.Module):
         keys = cfg.MODEL.TEACHER
         teacher_cfg = teacher_config(cfg)
         model = build_model(student_config(teacher_cfg))
-        if not isinstance(model, GeneralizedRCNN):
+        if known_family(student_config(teacher_cfg)) is None:
             raise UserError(
                 f"MODEL.TEACHER.CONFIG_FILE {keys.CONFIG_FILE} builds a {type(model).__name__}: "
-                "expected a GeneralizedRCNN; name another config."
+                "expected a detector of a known family, such as a GeneralizedRCNN; name another config."
             )
         if keys.WEIGHTS:
             load_exactly(model, keys.WEIGHTS, what="MODEL.TEACHER.WEIGHTS")
         elif keys.ALLOW_RANDOM:
-            tame_random_weights(model)
+            zero_init_residuals(model)
             logger.warning("The teacher has RANDOM weights (MODEL.TEACHER.ALLOW_RANDOM True).")
         else:
             raise UserError(
@@ -98,7 +100,7 @@ class Teacher(nn.Module):
             "compile_backbone": keys.COMPILE,
         }
 
-    def lay_out(self, *, channels_last: bool) -> None:
+    def set_memory_format(self, *, channels_last: bool) -> None:
         """Put the backbone's weights, and from now on its input, into this memory layout."""
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model.backbone.to(memory_format=self.memory_format)
@@ -113,11 +115,6 @@ class Teacher(nn.Module):
         if self._sha256 is None:
             self._sha256 = weights_hash(self.model.state_dict())
         return self._sha256
-
-    @property
-    def num_classes(self) -> int:
-        """Foreground classes of the ROI heads."""
-        return self.model.roi_heads.num_classes
 
     def preprocess(self, batched_inputs: list[dict], height: int, width: int) -> ImageList:
         """Normalise the images for the teacher, padded like the student's batch.
@@ -174,21 +171,16 @@ class Teacher(nn.Module):
         return features
 
     @torch.no_grad()
-    def predict_rois(
-        self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Tensor, Tensor]:
-        """ROI class logits (R, K + 1) and deltas (R, 4K or 4) on given proposals, without gradient."""
-        heads = self.model.roi_heads
-        maps = [features[level] for level in heads.box_in_features]
-        pooled = heads.box_pooler(maps, [p.proposal_boxes for p in proposals])
-        return heads.box_predictor(heads.box_head(pooled))
+    def predict(self, features: dict[str, Tensor], samples: object) -> Predictions:
+        """As :meth:`Detector.predict`, without gradient."""
+        return self.detector.predict(features, samples)
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Detections of the teacher itself, as ``GeneralizedRCNN`` returns them."""
+        """Detections of the teacher itself, as :meth:`Detector.detect` returns them."""
         if self.flip_channels:
             batched_inputs = [{**item, "image": item["image"].flip(0)} for item in batched_inputs]
-        return self.model.inference(batched_inputs)
+        return self.detector.detect(batched_inputs)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -217,12 +209,12 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 @torch.no_grad()
-def tame_random_weights(model: nn.Module) -> None:
-    """Keep the activations of a random residual network with frozen norms finite, in place.
+def zero_init_residuals(model: nn.Module) -> None:
+    """Zero the weight of the last frozen norm of every residual block, in place (Goyal et al. 2017,
+    section 5.1), so that a network with random weights stays finite.
 
-    Without statistics every residual block doubles the variance: a random R101 answers in the order of
-    1e5, and nothing can be trained against that. The last norm of each block gets weight 0, so that a
-    block starts as its shortcut (Goyal et al. 2017, section 5.1).
+    Without statistics every block doubles the variance: a random R101 answers in the order of 1e5, and
+    nothing can be trained against that.
     """
     for block in model.modules():
         if isinstance(block, CNNBlockBase):

@@ -41,7 +41,8 @@ class ReportRun:
     def inherits(self) -> bool:
         """Whether the student's heads started from the teacher's weights."""
         return (
-            self.cfg.MODEL.META_ARCHITECTURE == "Distiller" and self.cfg.MODEL.ERA.TWI.INIT_STUDENT
+            self.cfg.MODEL.META_ARCHITECTURE == "Distiller"
+            and self.cfg.MODEL.DISTILLER.INIT_STUDENT != "none"
         )
 
     @property

@@ -111,7 +111,7 @@ def _run(name, label, config, opts, output, cost, after=None) -> Run:
         folder=folder,
         iterations=cfg.SOLVER.MAX_ITER,
         cost=cost,
-        inherited=HEADS if cfg.MODEL.ERA.TWI.INIT_STUDENT else NOTHING,
+        inherited=HEADS if cfg.MODEL.DISTILLER.INIT_STUDENT != "none" else NOTHING,
         depends_on=after,
         command=(sys.executable, "-u", "tools/train_net.py", "--config-file", config, *opts),
     )

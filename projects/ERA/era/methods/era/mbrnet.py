@@ -11,11 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from era.methods.era.fast.pointwise import hidden_maps
 
 # Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
 # scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:
@@ -72,7 +68,7 @@ class Branch(nn.Sequential):
 
     Maps (B, ``channels``, H, W) to the same shape; the last block has no activation, because a residual
     has both signs. Without norms the last conv has no bias (a hidden unit can serve as one), so that the
-    branch ends in a purely linear map, which can be exchanged with pooling and with the teacher's layers.
+    branch ends in a purely linear map, which can be exchanged with pooling.
     """
 
     def __init__(
@@ -95,28 +91,6 @@ class Branch(nn.Sequential):
                 widths[block], widths[block + 1], kernel_size, norm, norm_momentum, bias=not is_last
             )
         super().__init__(*layers)
-
-    @property
-    def is_factored(self) -> bool:
-        """Whether the branch is hidden layers and then one 1x1 conv without norm or bias."""
-        last = self[-1]
-        return (
-            len(self) > 1
-            and isinstance(last, nn.Conv2d)
-            and last.kernel_size == (1, 1)
-            and last.bias is None
-        )
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether it is a 1x1 conv, a ReLU and a 1x1 conv without norm or bias."""
-        return self.is_factored and len(self) == 3 and self[0].kernel_size == (1, 1)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """All layers but the last."""
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        return x
 
 
 class MBRNet(nn.Module):
@@ -172,50 +146,6 @@ class MBRNet(nn.Module):
             for _ in range(num_projections)
         )
 
-    @property
-    def is_factored(self) -> bool:
-        """Whether every residual is a projection of hidden maps, see :meth:`projections`."""
-        return len(self.branches) > 0 and all(branch.is_factored for branch in self.branches)
-
-    def projection(self) -> Tensor | None:
-        """``[P_1 ... P_N]`` side by side, (out_channels, N * hidden_channels), with ``d_i = P_i g_i``: the
-        product of branch i's last conv and its up-projection; None where a branch ends otherwise."""
-        if not self.is_factored:
-            return None
-        products = [branch[-1].weight.flatten(1) for branch in self.branches]
-        if len(self.up_projections) > 0:
-            ups = [up.weight.flatten(1) for up in self.up_projections]
-            products = [ups[i % len(ups)] @ product for i, product in enumerate(products)]
-        return torch.cat(products, dim=1)
-
-    def factors(self, features: Tensor) -> Tensor:
-        """``g_1..g_N`` of one level side by side, which :meth:`projection` takes to ``d_1..d_N``.
-
-        Args:
-            features: ``F_S``, shape (B, in_channels, H, W).
-
-        Returns:
-            (B, N * hidden_channels, H, W), or (B, N * out_channels, H, W), ``g_i = d_i``, where there is
-            no projection.
-        """
-        if not self.is_factored:
-            return torch.cat(self(features), dim=1)
-        if all(branch.is_pointwise for branch in self.branches):
-            first = [branch[0] for branch in self.branches]
-            weight = torch.cat([conv.weight for conv in first]).flatten(1)
-            mixing = None
-            if self.accumulated_inputs:
-                last = torch.cat([branch[-1].weight for branch in self.branches], dim=1).flatten(1)
-                mixing = weight @ last
-            bias = torch.cat([conv.bias for conv in first])
-            return hidden_maps(features, weight, bias, mixing, len(first))
-        factors, branch_input = [], features
-        for branch in self.branches:
-            factors.append(branch.hidden(branch_input))
-            if self.accumulated_inputs:
-                branch_input = branch_input + branch[-1](factors[-1])
-        return torch.cat(factors, dim=1)
-
     def forward(self, features: Tensor) -> list[Tensor]:
         """The residual estimates of one level.
 
@@ -257,40 +187,6 @@ class Estimates:
         return estimates
 
 
-@dataclass
-class FactoredEstimates:
-    """Estimates as ``e_i = e_0 + sum_{j<=i} P_j g_j``, without the wide maps ``d_j`` being made.
-
-    Attributes:
-        zeroth: ``e_0``, level name to (B, C_T, H, W).
-        factors: ``g_1..g_N`` side by side, level name to (B, N * h, H, W); empty if N is 0.
-        projection: ``P_1..P_N`` side by side, (C_T, N * h), or None where ``g_j`` is ``d_j`` itself.
-        num_branches: N.
-        adapter: ``A``, pointwise, with ``e_0 = A(F_S)``.
-    """
-
-    zeroth: dict[str, Tensor]
-    factors: dict[str, Tensor]
-    projection: Tensor | None
-    num_branches: int
-    adapter: nn.Module
-
-    def dense(self) -> Estimates:
-        """The same with ``d_j = P_j g_j`` at every position."""
-        by_level = {level: g.chunk(self.num_branches, dim=1) for level, g in self.factors.items()}
-        projections = [None] * self.num_branches
-        if self.projection is not None:
-            projections = self.projection[:, :, None, None].chunk(self.num_branches, dim=1)
-        residuals = [
-            {
-                level: g[i] if projection is None else F.conv2d(g[i], projection)
-                for level, g in by_level.items()
-            }
-            for i, projection in enumerate(projections)
-        ]
-        return Estimates(self.zeroth, residuals)
-
-
 class FeatureEstimator(nn.Module):
     """Adapter ``A`` and MBRNet: from the student's FPN maps to estimates of the teacher's.
 
@@ -325,14 +221,6 @@ class FeatureEstimator(nn.Module):
             for i in range(len(self.mbrnet.branches))
         ]
         return Estimates(zeroth, residuals)
-
-    def factored(self, features: Mapping[str, Tensor]) -> FactoredEstimates:
-        """As :meth:`forward`, equal to rounding, in factors; what a fast training step uses."""
-        zeroth = {level: self.adapter(features[level]) for level in self.levels}
-        count, factors = len(self.mbrnet.branches), {}
-        if count > 0:
-            factors = {level: self.mbrnet.factors(features[level]) for level in self.levels}
-        return FactoredEstimates(zeroth, factors, self.mbrnet.projection(), count, self.adapter)
 
     def final(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``e_N`` at every level, for inference with the teacher's heads."""

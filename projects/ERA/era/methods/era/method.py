@@ -1,31 +1,33 @@
-"""ERA, Expandable Residual Approximation (arXiv 2508.16050), for a Faster R-CNN FPN detector.
+"""ERA, Expandable Residual Approximation (arXiv 2508.16050), for a detector with an FPN.
 
-The paper's public code is classification only; attaching it to FPN maps and to the RPN and ROI heads is
-this project's adaptation, not a reproduction (README.md, "ERA for detection").
+The paper's public code is classification only; attaching it to FPN maps and to detection heads is this
+project's adaptation, not a reproduction (README.md, "ERA for detection").
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import get_event_storage
-from torch import Tensor
+from torch import Tensor, nn
 
 from era.errors import UserError
-from era.losses import kd_loss, level_mean
-from era.methods.base import METHOD_REGISTRY, Method
-from era.methods.era.fast.heads import FastTeacherHeads
-from era.methods.era.fast.residual import estimate_distances
-from era.methods.era.inference import BlendedDetector
-from era.methods.era.mbrnet import FactoredEstimates, FeatureEstimator, MBRNet
-from era.methods.era.proposals import chosen_proposals
-from era.methods.era.twi import check_equal_heads, check_teacher_heads
-from era.modeling.step import DistillationStep
+from era.losses import kd_loss
+from era.methods.base import Chart, Method, Needs, check_levels
+from era.methods.era import config
+from era.methods.era.fast import FastTerms
+from era.methods.era.inference import EstimatingBackbone
+from era.methods.era.losses import distances, feature_loss, residual_loss
+from era.methods.era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.era.twi import judge_weights, twi_loss
+from era.modeling.detectors import Detector
+from era.modeling.step import Step
 from era.modeling.teacher import Teacher
+from era.registry import METHOD_REGISTRY
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +41,42 @@ class ERA(Method):
     Args:
         estimator: adapter and MBRNet.
         teacher: the frozen teacher; not registered as a submodule.
-        heads: the teacher's heads as judges; None if TWI is off.
+        student: the student.
         scales: ``s_1..s_N``.
-        feature_weight, residual_weight, kd_weight: ``w_f``, ``w_r``, ``w_k``; 0 leaves a term out.
+        weights: of the terms ``feature`` (w_f), ``residual`` (w_r), ``kd`` (w_k) and ``twi_<part>`` of the
+            teacher's heads; 0 leaves a term out.
         kd_temperature: ``tau``.
-        rpn_weight, roi_weight: weights of the TWI losses; 0 leaves a term out.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
-        proposals_per_image: on how many of the student's sampled proposals an image ``e_1..e_N`` are
-            judged by the ROI head, and how many the KD loss looks at; 0 = all.
+        samples_per_image: on how many of the student's sampled proposals an image ``e_1..e_N`` are judged
+            by the ROI head, and how many the KD loss looks at; 0 = all.
+        fast: compute the same numbers cheaply.
         compile_estimator: run the estimator in training through ``torch.compile``.
     """
+
+    idea = "approach the teacher's features in residual steps, each judged by the teacher's frozen heads"
+    paper = "Expandable Residual Approximation, arXiv 2508.16050 (detection form: this project's)"
+    loss_labels: ClassVar = {
+        "loss_era_feature": "feature: e₀ to the teacher's maps",
+        "loss_era_residual": "residual: the branches",
+        "loss_era_twi_rpn": "TWI: teacher's RPN head",
+        "loss_era_twi_roi": "TWI: teacher's ROI head",
+        "loss_era_kd": "KD: teacher's classes",
+    }
+    charts: ClassVar = (
+        Chart(
+            title="what is left after each branch",
+            y_label="mean of (F_T − e_i)² over the FPN levels",
+            pattern=r"era/\w+/residual_e(?P<curve>\d+)",
+            curve_name=lambda i: "e₀ (no branch)" if i == "0" else f"e{i.translate(_SUBSCRIPT)}",
+            log_scale=True,
+            explanation="e₀ is the student's feature map brought to the teacher's channels; each branch of "
+            "MBRNet adds a step, so e₁, e₂, … should come closer to the teacher's features F_T, and all should "
+            "fall with training. A lower residual is not a higher AP.",
+        ),
+    )
+    alpha_key = "MODEL.ERA.ALPHA"
+    add_config = staticmethod(config.add_config)
+    check_config = staticmethod(config.check_config)
 
     @configurable
     def __init__(
@@ -56,65 +84,78 @@ class ERA(Method):
         *,
         estimator: FeatureEstimator,
         teacher: Teacher,
-        heads: FastTeacherHeads | None,
+        student: Detector,
         scales: list[float],
-        feature_weight: float,
-        residual_weight: float,
-        kd_weight: float,
-        kd_temperature: float,
-        rpn_weight: float,
-        roi_weight: float,
-        alpha: float,
-        proposals_per_image: int = 0,
+        weights: dict[str, float],
+        kd_temperature: float = 1.0,
+        alpha: float = 0.0,
+        samples_per_image: int = 0,
+        fast: bool = True,
         compile_estimator: bool = False,
     ):
         super().__init__()
         self.estimator = estimator
-        self._factored = estimator.factored
-        if compile_estimator:
-            self._factored = torch.compile(estimator.factored, dynamic=True)
-        self.heads = heads
         self.scales = tuple(scales)
-        self.feature_weight = feature_weight
-        self.residual_weight = residual_weight
-        self.kd_weight = kd_weight
+        self.weights = dict(weights)
         self.kd_temperature = kd_temperature
-        self.rpn_weight = rpn_weight
-        self.roi_weight = roi_weight
         self.alpha = alpha
-        self.proposals_per_image = proposals_per_image
-        # in a tuple: not a submodule, so never saved, trained or wrapped
+        self.samples_per_image = samples_per_image
+        # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
-        uses_heads = rpn_weight > 0 or roi_weight > 0
-        if not uses_heads and residual_weight == 0:
+        self.judged_parts = tuple(
+            part for part in teacher.detector.parts if self.weights.get(f"twi_{part}", 0) > 0
+        )
+        self.fast_terms = None
+        if fast:
+            self.fast_terms = FastTerms(
+                estimator,
+                teacher.detector,
+                student,
+                self.judged_parts,
+                samples_per_image,
+                compiled=compile_estimator,
+            )
+        compiled = torch.compile(estimator, dynamic=True) if compile_estimator else estimator
+        self._estimate = (compiled,)
+        if not self.judged_parts and self.weights["residual"] == 0:
             estimator.mbrnet.requires_grad_(False)
-        if not uses_heads and feature_weight == 0:
+        if not self.judged_parts and self.weights["feature"] == 0:
             estimator.adapter.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, student: GeneralizedRCNN, teacher: Teacher) -> dict:
+    def needs(cls, cfg: CfgNode) -> Needs:
+        """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0."""
+        return Needs(teacher_at_inference=cfg.MODEL.ERA.ALPHA > 0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
         """Read ``MODEL.ERA`` and check that student and teacher fit together.
 
         Raises:
             UserError: levels, strides, anchors or heads do not match.
         """
-        era = cfg.MODEL.ERA
+        era, judge = cfg.MODEL.ERA, teacher.detector
         levels = list(era.LEVELS)
-        in_channels, out_channels = check_levels(student, teacher, levels)
-        uses_heads = era.TWI.RPN_WEIGHT > 0 or era.TWI.ROI_WEIGHT > 0
-        if uses_heads or era.ALPHA > 0:
-            check_teacher_heads(teacher.model, student, levels)
-        heads = None
-        if uses_heads:
-            heads = FastTeacherHeads(
-                teacher.model.proposal_generator,
-                teacher.model.roi_heads,
-                era.TWI.PROPOSALS_PER_IMAGE,
-                student_pooler=student.roi_heads.box_pooler,
+        in_channels, out_channels = check_levels(student, judge, levels, "MODEL.ERA.LEVELS")
+        weights = {
+            "feature": era.FEATURE_WEIGHT,
+            "residual": era.RESIDUAL_WEIGHT,
+            "kd": era.KD_WEIGHT,
+            "twi_rpn": era.TWI.RPN_WEIGHT,
+            "twi_roi": era.TWI.ROI_WEIGHT,
+        }
+        if weights["twi_rpn"] > 0 or weights["twi_roi"] > 0 or era.ALPHA > 0:
+            judge.check_judge(
+                student, "ERA with TWI or alpha above 0 (MODEL.ERA.TWI, MODEL.ERA.ALPHA)"
             )
-            logger.info("TWI: %s", heads.describe())
+            missing = sorted(judge.head_levels - set(levels))
+            if missing:
+                raise UserError(
+                    f"MODEL.ERA.LEVELS is {levels}: the teacher's heads also read {missing}, so TWI and alpha "
+                    "above 0 need them; add them."
+                )
         if 0 < era.ALPHA < 1:
-            check_equal_heads(teacher.model, student, reason=f"MODEL.ERA.ALPHA {era.ALPHA}")
+            student.check_equal_heads(judge, reason=f"MODEL.ERA.ALPHA {era.ALPHA}")
         mbrnet = MBRNet(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -132,16 +173,13 @@ class ERA(Method):
                 levels=levels, in_channels=in_channels, out_channels=out_channels, mbrnet=mbrnet
             ),
             "teacher": teacher,
-            "heads": heads,
+            "student": student,
             "scales": era.SCALES,
-            "feature_weight": era.FEATURE_WEIGHT,
-            "residual_weight": era.RESIDUAL_WEIGHT,
-            "kd_weight": era.KD_WEIGHT,
+            "weights": weights,
             "kd_temperature": era.KD_TEMPERATURE,
-            "rpn_weight": era.TWI.RPN_WEIGHT,
-            "roi_weight": era.TWI.ROI_WEIGHT,
             "alpha": era.ALPHA,
-            "proposals_per_image": era.TWI.PROPOSALS_PER_IMAGE,
+            "samples_per_image": era.TWI.PROPOSALS_PER_IMAGE,
+            "fast": era.FAST,
             "compile_estimator": era.COMPILE,
         }
 
@@ -150,7 +188,7 @@ class ERA(Method):
         """The frozen teacher."""
         return self._teacher[0]
 
-    def losses(self, step: DistillationStep) -> dict[str, Tensor]:
+    def losses(self, step: Step) -> dict[str, Tensor]:
         """The ERA losses, weighted, each present only if its weight is above 0:
 
         - ``loss_era_feature`` = w_f * MSE(e_0, sg F_T);
@@ -162,115 +200,78 @@ class ERA(Method):
         Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
         i = 0..N, goes into the event storage: it must fall with training.
         """
-        losses = {}
-        uses_heads = self.rpn_weight > 0 or self.roi_weight > 0
-        if uses_heads or self.feature_weight > 0 or self.residual_weight > 0:
-            estimates = self._factored(step.student.features)
-            self._feature_losses(losses, step, estimates)
-            if uses_heads:
-                self._twi_losses(losses, step, estimates)
-        if self.kd_weight > 0:
-            losses["loss_era_kd"] = self.kd_weight * self._kd_loss(step)
-        return losses
+        terms = {}
+        if self.judged_parts or self.weights["feature"] > 0 or self.weights["residual"] > 0:
+            if self.fast_terms is not None:
+                terms, measured = self.fast_terms(step, self.scales)
+            else:
+                terms, measured = self._terms(step)
+            self._log(measured)
+        if self.weights["kd"] > 0:
+            terms["kd"] = self._kd_term(step)
+        return {
+            f"loss_era_{name}": self.weights[name] * term
+            for name, term in terms.items()
+            if self.weights[name] > 0
+        }
 
-    def _feature_losses(
-        self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates
-    ) -> None:
-        levels = self.estimator.levels
-        distances = torch.stack(
-            [
-                estimate_distances(
-                    estimates.zeroth[level],
-                    step.teacher_features[level],
-                    estimates.factors.get(level),
-                    estimates.projection,
-                    estimates.num_branches,
-                )
-                for level in levels
-            ]
-        )  # (levels, N + 1), MSE(e_i, F_T), each with gradient into its newest part alone
-        if self.feature_weight > 0:
-            losses["loss_era_feature"] = self.feature_weight * level_mean(distances[:, 0])
-        if self.residual_weight > 0 and self.scales:
-            by_branch = [level_mean(values) for values in distances[:, 1:].unbind(1)]
-            total = sum(s * value for s, value in zip(self.scales, by_branch, strict=True))
-            losses["loss_era_residual"] = self.residual_weight / len(self.scales) * total
+    def _terms(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        """The feature, residual and TWI losses as they are defined, without their weights, and the distances
+        of all estimates, (levels, N + 1); the reference of :class:`FastTerms`."""
+        target = step.teacher_features
+        estimates = self._estimate[0](step.student.features)  # e_0 and d_1..d_N
+        cumulative = estimates.cumulative()  # e_0..e_N
+        terms = {"feature": feature_loss(estimates.zeroth, target)}
+        if self.scales:
+            terms["residual"] = residual_loss(estimates.residuals, cumulative, target, self.scales)
+        for part in self.judged_parts:
+            terms[f"twi_{part}"] = twi_loss(
+                self.teacher.detector,
+                part,
+                cumulative,
+                judge_weights(self.scales),
+                step.student,
+                samples_per_image=self.samples_per_image,
+            )
+        return terms, distances(cumulative, target)
 
+    def _kd_term(self, step: Step) -> Tensor:
+        """``tau^2 KL(teacher || student)`` of ROI classes, on the sample of proposals that the heads judge."""
+        logits = step.student.predictions.class_logits
+        if self.samples_per_image == 0:
+            return kd_loss(logits, step.teacher_predictions.class_logits, self.kd_temperature)
+        sample = step.student.sample(self.samples_per_image)
+        logits = logits[sample.rows]
+        teacher = step.teacher.predict(step.teacher_features, sample.proposals).class_logits
+        if not sample.strata:  # no proposal at all
+            return kd_loss(logits, teacher, self.kd_temperature)
+        return sum(
+            s.share * kd_loss(logits[s.indices], teacher[s.indices], self.kd_temperature)
+            for s in sample.strata
+        )
+
+    def _log(self, measured: Tensor) -> None:
         storage = get_event_storage()
         if storage.iter % LOG_PERIOD not in (0, LOG_PERIOD - 1):
             return  # reading numbers makes a GPU wait
-        names = [
-            f"era/{level}/residual_e{i}" for level in levels for i in range(distances.shape[1])
-        ]
-        for name, value in zip(names, distances.detach().flatten().tolist(), strict=True):
-            storage.put_scalar(name, value)
+        for level, by_estimate in zip(self.estimator.levels, measured.tolist(), strict=True):
+            for i, value in enumerate(by_estimate):
+                storage.put_scalar(f"era/{level}/residual_e{i}", value)
 
-    def _kd_loss(self, step: DistillationStep) -> Tensor:
-        """On all sampled proposals, or on a part of them (``TWI.PROPOSALS_PER_IMAGE``)."""
-        student_logits = step.student.roi_predictions[0]
-        if self.proposals_per_image == 0:
-            return kd_loss(student_logits, step.teacher_predictions[0], self.kd_temperature)
-        chosen = chosen_proposals(step.student, self.teacher.num_classes, self.proposals_per_image)
-        student_logits = student_logits[chosen.rows]
-        teacher_logits, _ = step.teacher.predict_rois(step.teacher_features, chosen.proposals)
-        if not chosen.strata:  # no proposal at all
-            return kd_loss(student_logits, teacher_logits, self.kd_temperature)
-        return sum(
-            s.share
-            * kd_loss(student_logits[s.indices], teacher_logits[s.indices], self.kd_temperature)
-            for s in chosen.strata
-        )
-
-    def _twi_losses(
-        self, losses: dict[str, Tensor], step: DistillationStep, estimates: FactoredEstimates
-    ) -> None:
-        weights = [1.0] + [scale / len(self.scales) for scale in self.scales]
-        if self.rpn_weight > 0:
-            loss = self.heads.rpn_loss(estimates, weights, step.student)
-            losses["loss_era_twi_rpn"] = self.rpn_weight * loss
-        if self.roi_weight > 0:
-            loss = self.heads.roi_loss(estimates, weights, step.student)
-            losses["loss_era_twi_roi"] = self.roi_weight * loss
-
-    def detector(self, student: GeneralizedRCNN) -> Callable | None:
-        """At alpha 0 None (the plain student); above, the blended detector."""
+    def detector(self, student: Detector) -> Callable | None:
+        """At alpha 0 None (the plain student); above, student and teacher's heads on ``e_N`` blended."""
         if self.alpha == 0:
             return None
-        return BlendedDetector(student, self.teacher.model, self.estimator, self.alpha)
+        return student.blended(self.teacher.detector, self.estimator.final, self.alpha)
+
+    def deployable(self, student: Detector) -> nn.Module | None:
+        """At alpha 1 the student's backbone with adapter and MBRNet under copies of the teacher's heads."""
+        if self.alpha != 1:
+            return None
+        judge = self.teacher.detector
+        channels = judge.feature_shapes[self.estimator.levels[0]].channels
+        backbone = EstimatingBackbone(student.model.backbone, self.estimator, channels)
+        return student.with_heads_of(judge, backbone)
 
 
-def check_levels(student: GeneralizedRCNN, teacher: Teacher, levels: list[str]) -> tuple[int, int]:
-    """Both models have every level, at equal strides and with one channel count each.
-
-    Returns:
-        Channels of the student's and of the teacher's maps.
-
-    Raises:
-        UserError: names the level and what differs.
-    """
-    shapes = {
-        "student": student.backbone.output_shape(),
-        "teacher": teacher.model.backbone.output_shape(),
-    }
-    for who, shape in shapes.items():
-        missing = [level for level in levels if level not in shape]
-        if missing:
-            raise UserError(
-                f"MODEL.ERA.LEVELS is {levels}, but the {who}'s backbone has no {missing} (it has "
-                f"{sorted(shape)}): list levels that both models have."
-            )
-        channels = {shape[level].channels for level in levels}
-        if len(channels) > 1:
-            raise UserError(
-                f"MODEL.ERA.LEVELS is {levels}, at which the {who} has {sorted(channels)} channels: "
-                "branches shared by levels need one number; list levels of an FPN."
-            )
-    for level in levels:
-        strides = {who: shape[level].stride for who, shape in shapes.items()}
-        if len(set(strides.values())) > 1:
-            raise UserError(
-                f"MODEL.ERA.LEVELS names {level}, which has stride {strides['student']} in the student "
-                f"and {strides['teacher']} in the teacher: the FPN levels of both must match; choose a "
-                "teacher with the same strides or leave the level out."
-            )
-    return shapes["student"][levels[0]].channels, shapes["teacher"][levels[0]].channels
+_SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")

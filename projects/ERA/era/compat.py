@@ -1,0 +1,30 @@
+"""Detectron2's private functions, all of those that are called here, each behind a public name.
+
+Checked against Detectron2 0.6 at upstream's commit a59f0563 (2024-04-17, the wheel that
+``tools/install_detectron2.py`` installs): look here first when another version behaves differently.
+"""
+
+from __future__ import annotations
+
+from detectron2.engine import TrainerBase
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+
+def postprocess(
+    results: list[Instances], batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+) -> list[dict]:
+    """Raw detections scaled to each image's own size; ``GeneralizedRCNN._postprocess``, a59f0563."""
+    return GeneralizedRCNN._postprocess(results, batched_inputs, image_sizes)
+
+
+def decode_proposals(rpn: RPN, anchors: list[Boxes], deltas: list[Tensor]) -> list[Tensor]:
+    """Proposal boxes of every level, (B, H * W * A, 4); ``RPN._decode_proposals``, a59f0563."""
+    return rpn._decode_proposals(anchors, deltas)
+
+
+def last_evaluation(trainer: TrainerBase) -> dict | None:
+    """What ``DefaultTrainer``'s last evaluation found; ``DefaultTrainer._last_eval_results``, a59f0563."""
+    return getattr(trainer, "_last_eval_results", None)

@@ -1,0 +1,117 @@
+"""ERA's config keys, with meaning, unit and paper symbol, and their checks.
+
+Symbols are those of ERA (arXiv 2508.16050) in the detection form that README.md describes: ``F_S``,
+``F_T`` student and teacher FPN maps, ``e_i`` estimates, ``B_i`` branches, ``N`` branches, ``s_i`` scales.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+from era.errors import UserError
+from era.methods.base import check_weights
+
+NORMS = ("none", "BN", "SyncBN", "GN")
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.ERA``."""
+    _C = cfg
+    _C.MODEL.ERA = CfgNode()
+    # FPN levels on which the student estimates the teacher's features. TWI needs every level that the
+    # teacher's heads read.
+    _C.MODEL.ERA.LEVELS = ["p2", "p3", "p4", "p5", "p6"]
+
+    # MBRNet: N residual branches B_1..B_N, shared by the levels.
+    _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
+    _C.MODEL.ERA.NUM_BLOCKS = 2  # conv-norm blocks in a branch, a ReLU between two of them
+    _C.MODEL.ERA.KERNEL_SIZE = 1  # of every conv in a branch, pixels of the map; odd
+    _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
+    _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
+    _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
+    # Branch i reads F_S + sum_{j<i} B_j(x_j) (True) or F_S (False, parallel branches).
+    _C.MODEL.ERA.ACCUMULATED_INPUTS = True
+    # One up-projection U for all branches (True) or one U_i each (False). Only if channels differ.
+    _C.MODEL.ERA.SHARED_UP_PROJECTION = False
+    _C.MODEL.ERA.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N, weights of the branches' losses
+
+    # Loss weights; 0 switches a term off, and it is then not computed.
+    _C.MODEL.ERA.FEATURE_WEIGHT = 1.0  # w_f: MSE(e_0, F_T)
+    _C.MODEL.ERA.RESIDUAL_WEIGHT = 1.0  # w_r: (1/N) sum_i s_i MSE(d_i, F_T - e_{i-1})
+    _C.MODEL.ERA.KD_WEIGHT = 0.0  # w_k: tau^2 KL(teacher ROI classes || student ROI classes)
+    _C.MODEL.ERA.KD_TEMPERATURE = 1.0  # tau
+
+    # Teacher Weight Integration: the teacher's heads, frozen, judge e_0 (weight 1) and every e_i (weight
+    # s_i / N) against the ground truth.
+    _C.MODEL.ERA.TWI = CfgNode()
+    _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
+    _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
+    # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
+    # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
+    _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
+    # Moved in 0.2: with this in the place of the key, an old config is told so.
+    cfg.register_renamed_key(
+        "MODEL.ERA.TWI.INIT_STUDENT",
+        "MODEL.DISTILLER.INIT_STUDENT",
+        message="write 'heads' for True and 'none' for False.",
+    )
+
+    # The same numbers, computed cheaply (True) or as they are defined (False): docs/performance.md.
+    _C.MODEL.ERA.FAST = True
+    # Run adapter and MBRNet in training through torch.compile (docs/performance.md).
+    _C.MODEL.ERA.COMPILE = False
+
+    # Inference: 0 = the plain student, 1 = the teacher's heads on e_N, between = their predictions
+    # blended as (1 - alpha) * student + alpha * teacher's heads.
+    _C.MODEL.ERA.ALPHA = 0.0
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check the values that can be judged without building a model.
+
+    Raises:
+        UserError: names the key, what was found, what was expected and what to do.
+    """
+    era = cfg.MODEL.ERA
+    if not 0.0 <= era.ALPHA <= 1.0:
+        raise UserError(
+            f"MODEL.ERA.ALPHA is {era.ALPHA}: expected a number from 0 (plain student) to 1 (teacher's "
+            "heads on the estimate); set it within that range."
+        )
+    check_weights(
+        {
+            "MODEL.ERA.FEATURE_WEIGHT": era.FEATURE_WEIGHT,
+            "MODEL.ERA.RESIDUAL_WEIGHT": era.RESIDUAL_WEIGHT,
+            "MODEL.ERA.KD_WEIGHT": era.KD_WEIGHT,
+            "MODEL.ERA.TWI.RPN_WEIGHT": era.TWI.RPN_WEIGHT,
+            "MODEL.ERA.TWI.ROI_WEIGHT": era.TWI.ROI_WEIGHT,
+            **{f"MODEL.ERA.SCALES[{i}]": s for i, s in enumerate(era.SCALES)},
+        }
+    )
+    if era.TWI.PROPOSALS_PER_IMAGE < 0:
+        raise UserError(
+            f"MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is {era.TWI.PROPOSALS_PER_IMAGE}: expected a number of "
+            "proposals, or 0 for all."
+        )
+    if era.NUM_BRANCHES < 0:
+        raise UserError(f"MODEL.ERA.NUM_BRANCHES is {era.NUM_BRANCHES}: expected 0 or more.")
+    if len(era.SCALES) != era.NUM_BRANCHES:
+        raise UserError(
+            f"MODEL.ERA.SCALES has {len(era.SCALES)} numbers and MODEL.ERA.NUM_BRANCHES is "
+            f"{era.NUM_BRANCHES}: expected one scale a branch; change one of the two."
+        )
+    if era.NORM not in NORMS:
+        raise UserError(f"MODEL.ERA.NORM is {era.NORM!r}: expected one of {', '.join(NORMS)}.")
+    if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
+        raise UserError(
+            f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on."
+        )
+    if era.NUM_BLOCKS < 1 or era.HIDDEN_CHANNELS < 0:
+        raise UserError(
+            f"MODEL.ERA.NUM_BLOCKS is {era.NUM_BLOCKS} and MODEL.ERA.HIDDEN_CHANNELS is "
+            f"{era.HIDDEN_CHANNELS}: expected at least 1 block and at least 0 channels."
+        )
+    if era.KD_TEMPERATURE <= 0:
+        raise UserError(f"MODEL.ERA.KD_TEMPERATURE is {era.KD_TEMPERATURE}: expected more than 0.")
+    if not era.LEVELS:
+        raise UserError("MODEL.ERA.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")

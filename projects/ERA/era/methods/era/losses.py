@@ -1,0 +1,61 @@
+"""ERA's losses as they are defined; torch alone.
+
+``e_0`` is the student's feature map in the teacher's channels, ``d_i`` the residual of branch i,
+``e_i = e_{i-1} + d_i``, ``F_T`` the teacher's map. Maps are dicts, level name to (B, C_T, H, W); levels count
+alike. ERA, arXiv 2508.16050; official code, ``imagenet.py``, with linear layers in the place of maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from era.losses import at_least_float32, level_mean, mse
+
+Maps = dict[str, Tensor]
+
+
+def feature_loss(zeroth: Maps, target: Maps) -> Tensor:
+    """``MSE(e_0, sg F_T)``."""
+    return level_mean([mse(e, target[level].detach()) for level, e in zeroth.items()])
+
+
+def residual_mse(residual: Tensor, previous: Tensor, target: Tensor) -> Tensor:
+    """``MSE(d_i, sg(F_T - e_{i-1}))``, ERA's loss of branch ``i`` at one level.
+
+    In value this equals ``MSE(e_i, F_T)`` with ``e_i = e_{i-1} + d_i``; the gradient reaches ``d_i``
+    alone.
+
+    Args:
+        residual: ``d_i``, shape (B, C, H, W).
+        previous: ``e_{i-1}``, same shape; treated as a constant.
+        target: ``F_T``, same shape; treated as a constant.
+    """
+    return mse(residual, at_least_float32(target).detach() - previous.detach())
+
+
+def residual_loss(
+    residuals: Sequence[Maps], estimates: Sequence[Maps], target: Maps, scales: Sequence[float]
+) -> Tensor:
+    """``(1/N) sum_i s_i MSE(d_i, sg(F_T - e_{i-1}))``.
+
+    Args:
+        residuals: ``d_1..d_N``.
+        estimates: ``e_0..e_N``, or without the last.
+        target: ``F_T``.
+        scales: ``s_1..s_N``.
+    """
+    total = 0.0
+    for scale, d, previous in zip(scales, residuals, estimates, strict=False):
+        by_level = [residual_mse(d[level], previous[level], target[level]) for level in d]
+        total = total + scale * level_mean(by_level)
+    return total / len(scales)
+
+
+@torch.no_grad()
+def distances(estimates: Sequence[Maps], target: Maps) -> Tensor:
+    """``MSE(e_i, F_T)``, (levels, N + 1), for the log: it must fall with training."""
+    levels = estimates[0]
+    return torch.stack([torch.stack([mse(e[p], target[p]) for e in estimates]) for p in levels])

@@ -1,0 +1,303 @@
+"""What the frame and the methods ask of a detector, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from era.errors import UserError
+
+
+class Predictions(NamedTuple):
+    """What a detector's heads say about R samples (proposals, or positions of dense heads).
+
+    Attributes:
+        class_logits: (R, K + 1) with the background last, or (R, K) of sigmoid heads.
+        box_deltas: (R, 4K) or (R, 4), in the family's own box coding.
+    """
+
+    class_logits: Tensor
+    box_deltas: Tensor
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """One of the student's own losses before it is summed: ``values.sum() / normaliser``.
+
+    Attributes:
+        values: (n,), one a sample, Detectron2's loss weight included, with gradient.
+        normaliser: what Detectron2 divides the sum by.
+        rows: (n,), which of the step's anchors or proposals each value belongs to, all images one after
+            the other.
+    """
+
+    values: Tensor
+    normaliser: float
+    rows: Tensor
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The loss with a weight for every value, (n,); ones give Detectron2's own."""
+        return (self.values * weights).sum() / self.normaliser
+
+
+@dataclass
+class Recording:
+    """What a training step of the student produced on its way to the losses; families add to it.
+
+    Attributes:
+        images: the student's preprocessed, padded batch.
+        targets: ground truth of each image, boxes in pixels of the resized image.
+        features: FPN maps, level name to (B, C_S, H, W), with gradient.
+        predictions: of the student's heads on its samples, with gradient.
+    """
+
+    images: ImageList = None
+    targets: list[Instances] = field(default_factory=list)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    predictions: Predictions = None
+
+    @property
+    def samples(self) -> object:
+        """Where :meth:`Detector.predict` is to predict so that its rows align with ``predictions``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its samples are")
+
+
+class Detector(ABC):
+    """A stock Detectron2 model seen as a detector of one family.
+
+    Not a module and without state of its own: it uses the model that it is given. A family is one file of
+    this package with one registered subclass; student and teacher may be of different families.
+
+    Attributes:
+        meta_architecture: the stock meta-architecture that stands for the family in messages.
+        heads: names of the model's submodules that come after the backbone and hold its heads.
+        parts: names of the heads that can judge features, see :meth:`head_loss`.
+    """
+
+    meta_architecture: ClassVar[str]
+    heads: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    # ---- what it is ------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def describes(cls, cfg: CfgNode) -> bool:
+        """Whether a stock config builds a detector of this family."""
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, model: nn.Module) -> bool:
+        """Whether a model is of this family."""
+
+    @classmethod
+    @abstractmethod
+    def num_classes_in(cls, cfg: CfgNode) -> int:
+        """Foreground classes that a stock config of this family asks for."""
+
+    @classmethod
+    @abstractmethod
+    def num_classes_key(cls) -> str:
+        """The config key of :meth:`num_classes_in`, for messages."""
+
+    @abstractmethod
+    def check_student(self) -> None:
+        """The model can be watched in training.
+
+        Raises:
+            UserError: says what it has, what is expected and which key to change.
+        """
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Foreground classes."""
+
+    @property
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
+        """Channels and strides of the feature maps by level name."""
+        return self.model.backbone.output_shape()
+
+    @property
+    @abstractmethod
+    def head_levels(self) -> set[str]:
+        """Names of the feature maps that the heads read."""
+
+    @property
+    @abstractmethod
+    def mask_on(self) -> bool:
+        """Whether it predicts masks."""
+
+    @property
+    @abstractmethod
+    def keypoint_on(self) -> bool:
+        """Whether it predicts keypoints."""
+
+    # ---- training --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def record(self) -> AbstractContextManager[Recording]:
+        """Watch the model's next training forward; what it produces is in the recording afterwards.
+
+        The model's own ``forward`` runs unchanged, so its losses are those of plain training. Nothing is
+        left on the model, also when the forward fails.
+        """
+
+    @abstractmethod
+    def predict(self, features: dict[str, Tensor], samples: object) -> Predictions:
+        """What the heads say on given feature maps.
+
+        Args:
+            features: level name to (B, C, H, W).
+            samples: where: a recording's samples of the same family, for a two-stage detector one
+                :class:`Instances` with ``proposal_boxes`` an image.
+
+        Returns:
+            Rows in the order of the samples, float32.
+        """
+
+    @abstractmethod
+    def task_losses(self, recording: Recording) -> dict[str, TaskLoss]:
+        """The student's own losses sample by sample, under the names that its forward gives them.
+
+        Only those that can be weighted by sample; each one's sum over its normaliser is Detectron2's.
+        """
+
+    @abstractmethod
+    def check_judge(self, student: Detector, reason: str) -> None:
+        """These heads can judge feature maps by the student's samples.
+
+        Args:
+            reason: what needs it, for the message.
+
+        Raises:
+            UserError: says what does not fit.
+        """
+
+    @abstractmethod
+    def head_loss(
+        self,
+        part: str,
+        features: dict[str, Tensor],
+        recording: Recording,
+        *,
+        samples_per_image: int = 0,
+    ) -> Tensor:
+        """This detector's own loss of one part of its heads, on given feature maps, against the ground truth.
+
+        Args:
+            part: one of ``parts``.
+            features: level name to (B, C, H, W), at the levels that the heads read.
+            recording: the student's step, for its samples and their ground truth.
+            samples_per_image: judge on a part of the samples that stands for all; 0 = all.
+
+        Returns:
+            Scalar, with this detector's loss settings and the student's normaliser.
+        """
+
+    # ---- the teacher's heads in the student ------------------------------------------------------
+
+    @abstractmethod
+    def coder_settings(self) -> dict[str, tuple]:
+        """What the heads' outputs mean beyond their weights: box coders, by config key."""
+
+    def check_equal_heads(self, other: Detector, *, fpn: bool = False, reason: str) -> None:
+        """Heads, and the FPN if asked for, have the same weights by name and shape and the same coders.
+
+        Args:
+            reason: the config setting that needs it, for the message.
+
+        Raises:
+            UserError: names the first weight or setting that differs.
+        """
+        if type(self) is not type(other):
+            raise UserError(
+                f"{reason} needs student and teacher of one family: the student is a "
+                f"{type(self).__name__}, the teacher a {type(other).__name__}; name another teacher."
+            )
+        own, theirs = (detector.inheritable(fpn=fpn) for detector in (self, other))
+        for key in sorted(own.keys() | theirs.keys()):
+            shapes = [tuple(x[key].shape) if key in x else "absent" for x in (own, theirs)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{reason} needs student and teacher heads of equal shape: {key} is {shapes[0]} in the "
+                    f"student and {shapes[1]} in the teacher; make the student's heads and "
+                    f"MODEL.FPN.OUT_CHANNELS equal to the teacher's{', or inherit the heads alone' if fpn else ''}."
+                )
+        settings = other.coder_settings()
+        for key, value in self.coder_settings().items():
+            if value != settings[key]:
+                raise UserError(
+                    f"{reason} needs equal box coders: {key} is {value} in the student and "
+                    f"{settings[key]} in the teacher; make them equal."
+                )
+
+    def inheritable(self, *, fpn: bool) -> dict[str, Tensor]:
+        """The weights of the heads by name, and those of the FPN (all of the backbone but its bottom-up
+        network) if asked for."""
+        return {
+            key: value
+            for key, value in self.model.state_dict().items()
+            if key.split(".")[0] in self.heads
+            or (fpn and key.startswith("backbone.") and not key.startswith("backbone.bottom_up."))
+        }
+
+    @torch.no_grad()
+    def inherit(self, teacher: Detector, *, fpn: bool) -> None:
+        """Copy the teacher's weights into the heads, and into the FPN if asked for."""
+        own = self.inheritable(fpn=fpn)
+        for key, value in teacher.inheritable(fpn=fpn).items():
+            own[key].copy_(value)
+
+    # ---- inference -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def detect(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list:
+        """Detections of an eval-mode model: a dict with ``instances`` an image, in pixels of the original
+        image, or without postprocessing raw :class:`Instances` in pixels of the input."""
+
+    @property
+    @abstractmethod
+    def thresholds(self) -> dict[str, float | int]:
+        """``score_threshold``, ``nms_threshold`` (IoU) and ``max_detections`` an image."""
+
+    @abstractmethod
+    def set_score_threshold(self, value: float) -> None:
+        """Detect only what has a higher score than this."""
+
+    @abstractmethod
+    def blended(
+        self, teacher: Detector, estimate: Callable[[dict], dict], alpha: float
+    ) -> Callable[..., list]:
+        """A detector that predicts ``(1 - alpha) * own heads + alpha * teacher's heads``.
+
+        Args:
+            teacher: of the same family, :meth:`check_judge` passed; below alpha 1 with equal coders.
+            estimate: from this model's feature maps to those that the teacher's heads are to see.
+            alpha: above 0, at most 1.
+
+        Returns:
+            A callable with the arguments and results of :meth:`detect`.
+        """
+
+    @abstractmethod
+    def with_heads_of(self, teacher: Detector, backbone: Backbone) -> nn.Module:
+        """An ordinary model of the family, in eval mode: another backbone, copies of the teacher's heads with
+        this detector's test settings, this detector's preprocessing.
+
+        Raises:
+            UserError: it predicts masks or keypoints, which would need heads of both.
+        """

@@ -1,0 +1,70 @@
+"""Methods by name. Methods enter themselves; config and modeling ask here, so that neither imports a method."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+
+from era.errors import UserError
+
+if TYPE_CHECKING:
+    from era.methods.base import Method
+
+METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
+METHOD_REGISTRY.__doc__ = """
+Distillation methods by the name that ``MODEL.DISTILLER.METHODS`` lists. An entry is a subclass of
+:class:`era.methods.base.Method`.
+"""
+
+
+def is_distiller(cfg: CfgNode) -> bool:
+    """Whether a config describes a distiller, not a plain detector."""
+    return cfg.MODEL.META_ARCHITECTURE == "Distiller"
+
+
+def methods_of(cfg: CfgNode) -> dict[str, type[Method]]:
+    """The methods of a run: class by lower-case name, in the order of ``MODEL.DISTILLER.METHODS``.
+
+    The lower-case name is that of the method's module in the distiller and in its losses,
+    ``loss_<name>_<term>``. Empty for a plain detector.
+
+    Raises:
+        UserError: an unknown or repeated name.
+    """
+    found: dict[str, type[Method]] = {}
+    for name in cfg.MODEL.DISTILLER.METHODS if is_distiller(cfg) else ():
+        known = sorted(known for known, _ in METHOD_REGISTRY)
+        if name not in known:
+            near = difflib.get_close_matches(str(name).upper(), known, n=1, cutoff=0.5)
+            raise UserError(
+                f"MODEL.DISTILLER.METHODS names {name!r}{f' (is {near[0]} meant?)' if near else ''}: "
+                f"expected names out of {', '.join(known)}."
+            )
+        if name.lower() in found:
+            raise UserError(f"MODEL.DISTILLER.METHODS names {name!r} twice: name it once.")
+        found[name.lower()] = METHOD_REGISTRY.get(name)
+    return found
+
+
+def set_alpha(cfg: CfgNode, alpha: float) -> None:
+    """Set how far inference leans on the teacher, in every method of the run that has such a key.
+
+    Args:
+        cfg: a distiller's config, not frozen; changed in place.
+        alpha: 0 = the plain student, 1 = the teacher's heads.
+
+    Raises:
+        UserError: no method of the run has one.
+    """
+    keys = [method.alpha_key for method in methods_of(cfg).values() if method.alpha_key]
+    if not keys:
+        raise UserError(
+            f"alpha {alpha:g} needs a run of a method whose inference can use the teacher's heads; this "
+            f"one has MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} and MODEL.DISTILLER.METHODS "
+            f"{list(cfg.MODEL.DISTILLER.METHODS)}: use alpha 0."
+        )
+    for key in keys:
+        cfg.merge_from_list([key, float(alpha)])
