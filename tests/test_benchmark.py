@@ -7,29 +7,18 @@ import pytest
 import torch
 from builders import TINY, TINY_TEACHER, TOY, run_tool
 from detectron2.utils.events import EventStorage
-from torch import nn
 
 from era.benchmark import report
 from era.benchmark.cli import choose, main, read_size
 from era.benchmark.measure import Times, measure, reports, resident_growth
-from era.benchmark.reference import PlainLossERA
-from era.benchmark.rows import (
-    FAST,
-    FLOOR,
-    INFERENCE,
-    MIMIC,
-    MIMIC_KEYS,
-    PLAIN,
-    REFERENCE,
-    TEACHER,
-    Bench,
-    plan,
-)
+from era.benchmark.rows import ALPHA_1, FLOOR, INFERENCE, PLAIN, TEACHER, Bench, plan, run_name
 from era.config import load_config
 from era.errors import UserError
 from era.modeling.distiller import Distiller
+from era.registry import methods_of
 
 CPU = torch.device("cpu")
+ERA = "ERA"
 OPTS = [
     *TINY,
     "MODEL.TEACHER.CONFIG_FILE", str(TOY / "teacher.yaml"),
@@ -79,10 +68,15 @@ def result(tmp_path_factory):
 def test_rows_and_numbers(result):
     found, _, _ = result
     rows = {row["name"]: row for row in found["rows"]}
-    levers = [name for name in rows if name.endswith(" off")]
-    assert {PLAIN, TEACHER, FLOOR, MIMIC, REFERENCE, FAST, INFERENCE} < set(rows)
-    assert {"inference: alpha 1", "inference: teacher"} < set(rows)
-    assert len(levers) == 8
+    assert {PLAIN, TEACHER, FLOOR, ERA, INFERENCE, ALPHA_1, "inference: teacher"} < set(rows)
+    of_the_method = {name.removeprefix("ERA, ") for name in rows if name.startswith("ERA, ")}
+    assert {
+        "as defined",
+        "feature mimic alone",
+        "sparse_rpn off",
+        "N = 8",
+        "with KD",
+    } < of_the_method
     for row in rows.values():
         ms = row["ms"]
         assert 0 < ms["min"] <= ms["median"] <= ms["max"]
@@ -99,15 +93,13 @@ def test_json_says_where_it_comes_from(result):
     found, _, _ = result
     assert set(found) == {"schema", "machine", "settings", "notes", "rows", "grow"}
     assert found["settings"]["images"] == 1 and found["settings"]["height"] == 64
-    assert found["settings"]["anchors"] == 32 and found["settings"]["proposals"] == 16
+    assert found["settings"]["methods"]["ERA"]["NUM_BRANCHES"] == 4
     assert found["machine"]["torch"] == torch.__version__.split("+")[0]
-    assert any("KD_WEIGHT is 0" in note for note in found["notes"])
 
 
 def test_growth(result):
     found, _, _ = result
-    names = [row["name"] for row in found["grow"]["branches"]]
-    assert names == [FLOOR, *(f"{FAST}, N = {n}" for n in (1, 2, 4, 8))]
+    assert [row["name"] for row in found["grow"]["sizes"]] == [PLAIN, FLOOR, ERA] * 2
     assert {(r["height"], r["width"]) for r in found["grow"]["sizes"]} == {(64, 64), (64, 96)}
     assert {r["images"] for r in found["grow"]["images"]} == {1, 2}
 
@@ -115,56 +107,34 @@ def test_growth(result):
 def test_printed_tables(result):
     _, text, _ = result
     assert "| row | median ms | min | max | x base | CPU ms | CPU x base | peak MiB |" in text
-    assert f"| {FLOOR} | " in text and "n/a |" in text
+    assert f"| {FLOOR} | " in text and "n/a |" in text and "TWI.PROPOSALS_PER_IMAGE 8" in text
     assert "Machine: " in text and "Command: tools/benchmark.py --config-file" in text
-    assert text.count("| --- | ---:") == 1 + 1 + 2 + 2
+    assert text.count("| --- | ---:") == 1 + 2 + 2
 
 
 def test_profile(result):
     _, _, text = result
-    assert f"== {FLOOR}: one step" in text and f"== {FAST} minus {FLOOR}" in text
+    assert f"== {FLOOR}: one step" in text and f"== {ERA} minus {FLOOR}" in text
     assert "aten::item" in text and "host waits for the device (calls): " in text
 
 
-def losses_of(bench, method, inputs):
+def test_a_row_is_the_method_with_one_setting_changed(bench):
+    inputs = bench.batch(64, 96, 1)
+    build = methods_of(bench.cfg)["era"].benchmark_rows(bench.cfg)["feature mimic alone"]
     model = Distiller(
-        student=bench.student, teacher=bench.teacher, methods=nn.ModuleDict({"era": method})
-    )
-    model.train()
-    torch.manual_seed(3)
-    with EventStorage(0):
-        losses = model(inputs)
-    parameters = [*bench.student.backbone.parameters(), *method.parameters()]
-    parameters = [p for p in parameters if p.requires_grad]
-    return losses, torch.autograd.grad(sum(losses.values()), parameters)
-
-
-@pytest.mark.parametrize("plain_heads", [True, False])
-def test_reference_row_computes_what_era_computes(bench, plain_heads):
-    inputs = bench.batch(64, 96, 2)
-    expected, expected_gradients = losses_of(bench, bench.method(), inputs)
-    reference = bench.method(kind=PlainLossERA, plain_heads=plain_heads)
-    found, gradients = losses_of(bench, reference, inputs)
-    assert set(found) == set(expected)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-5)
-
-
-def test_mimic_is_the_feature_loss_alone(bench):
-    model = Distiller(
-        student=bench.student,
-        teacher=bench.teacher,
-        methods=nn.ModuleDict({"era": bench.method(*MIMIC_KEYS)}),
+        student=bench.student, teacher=bench.teacher, methods=bench.methods(era=build)
     )
     with EventStorage(0):
-        losses = model.train()(bench.batch(64, 96, 1))
+        losses = model.train()(inputs)
     assert [name for name in losses if name.startswith("loss_era")] == ["loss_era_feature"]
+    assert set(plan(bench, inputs).makers) > {"ERA", "ERA, feature mimic alone"}
+    assert run_name(bench.cfg) == "ERA"
 
 
 def test_every_repeat_is_the_same_step(bench):
     inputs = bench.batch(64, 96, 1)
     before = {name: value.clone() for name, value in bench.student.named_parameters()}
-    rows = plan(bench, inputs).make([FLOOR, FAST])
+    rows = plan(bench, inputs).make([FLOOR, ERA])
     measure(rows, CPU, warmup=1, repeats=1, title="test")
     torch.testing.assert_close(dict(bench.student.named_parameters()), before, rtol=0, atol=0)
 
@@ -172,7 +142,7 @@ def test_every_repeat_is_the_same_step(bench):
 def test_bfloat16(bench):
     half = Bench(bench.cfg, amp_dtype=torch.bfloat16)
     inputs = half.batch(64, 96, 1)
-    rows = plan(half, inputs).make([FLOOR, REFERENCE, FAST, INFERENCE])
+    rows = plan(half, inputs).make([FLOOR, "ERA, as defined", ERA, INFERENCE])
     assert len(measure(rows, CPU, warmup=0, repeats=1, title="test")) == 4
 
 
@@ -201,9 +171,9 @@ def test_resident_growth_counts_what_a_step_allocates():
 
 
 def test_choosing_rows():
-    names = [FLOOR, FAST, "ERA fast, folding off"]
+    names = [FLOOR, ERA, "ERA, sparse_rpn off"]
     assert choose(names, None) == names
-    assert choose(names, ["era FAST"]) == [FAST]
+    assert choose(names, ["era"]) == [ERA]
     assert choose(names, ["*off", "floor"]) == [FLOOR, names[2]]
     assert read_size("320x480") == (320, 480)
 

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import batch, tiny_cfg, tiny_model
+from builders import batch, losses_of, tiny_cfg, tiny_model
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from era.losses import mse
+from era.methods.era.fast import Levers
 from era.methods.era.fast.factored import factored_estimates
 from era.methods.era.fast.heads import FastHeads, knows_rpn_head
 from era.methods.era.fast.patches import gather_patches
@@ -154,7 +155,7 @@ def test_fast_heads_equal_the_definition(case):
 def assert_default_equals_definition(objects, size=(64, 96), **options):
     """The default setting's losses and gradients, fast with these options, against the definition."""
     student, teacher, estimator, step = setting("default", objects, size)
-    fast = FastHeads(detector_of(teacher), detector_of(student), 0, **options)
+    fast = FastHeads(detector_of(teacher), detector_of(student), 0, Levers(**options))
     assert fast.reuses_pooling == options.get("reuse_pooling", True)
     assert_heads_equal_the_definition(fast, estimator, step, student, 0)
 
@@ -163,6 +164,44 @@ def assert_default_equals_definition(objects, size=(64, 96), **options):
 def test_every_lever_alone_gives_the_same(switches):
     names = ("sparse_rpn", "stacked_roi", "reuse_pooling")
     assert_default_equals_definition((2, 1), **dict(zip(names, switches, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [],
+        ["MODEL.ERA.NORM", "GN", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"],
+        ["MODEL.FPN.OUT_CHANNELS", "12", "MODEL.ERA.SHARED_UP_PROJECTION", "True"],
+        ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
+    ],
+    ids=["default", "norms, all proposals", "adapter", "no branches"],
+)
+def test_the_method_computes_the_same_fast_and_as_defined(opts):
+    """All losses, statistics and gradients of a whole step, ``MODEL.ERA.FAST`` True and False, float32."""
+    found = []
+    for fast in ("True", "False"):
+        model = tiny_model("era", "MODEL.ERA.KD_WEIGHT", "1.0", *opts, "MODEL.ERA.FAST", fast)
+        losses, storage = losses_of(model, batch((2, 0, 1)))
+        sum(losses.values()).backward()
+        residuals = {k: v[0] for k, v in storage.latest().items() if "residual_e" in k}
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        found.append((losses, residuals, gradients))
+    for fast, defined in zip(*found, strict=True):
+        assert fast.keys() == defined.keys() and len(fast) > 3
+        for key, value in defined.items():
+            torch.testing.assert_close(fast[key], value, rtol=2e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("lever", ["narrow_residual", "fused_branches"])
+def test_levers_of_the_feature_losses_change_no_number(lever):
+    found = []
+    for levers in (Levers(), Levers(**{lever: False})):
+        model = tiny_model("era")
+        fast = model.methods["era"].fast_terms
+        fast.levers = levers
+        losses, _ = losses_of(model, batch())
+        found.append(losses)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("objects", [(0, 0), (3, 0), (2,)], ids=["none", "half", "one image"])

@@ -22,13 +22,14 @@ from detectron2.config import CfgNode
 from era.benchmark import report
 from era.benchmark.grow import grow
 from era.benchmark.measure import measure, profile_rows, progress, reports, resident_growth
-from era.benchmark.rows import COMPILE, FAST, FLOOR, INFERENCE, TEACHER, Bench, base_of, plan
+from era.benchmark.rows import COMPILE, FLOOR, INFERENCE, TEACHER, Bench, base_of, plan, run_name
 from era.config import load_config, validate_config
 from era.errors import UserError
+from era.registry import is_distiller, methods_of, set_alpha
 
 DESCRIPTION = """\
 What a distillation step costs, beside the floor of any distillation: one plain student step and one
-teacher forward without gradient (backbone and FPN, whose maps the feature mimic needs too).
+teacher forward without gradient (backbone and FPN, whose maps every feature method needs).
 
 Random weights, synthetic images, real anchors: it needs no data and no download. Rows take turns, and a
 ratio is the median of the ratios of single rounds, so that a machine that gets slower favours nobody.
@@ -38,11 +39,13 @@ examples:
   the table at 800x1344:           %(prog)s
   on a GPU, half precision:        %(prog)s --device cuda --precision float16
   small and soon:                  %(prog)s --height 320 --width 480 --repeats 3
-  two rows (and the floor):        %(prog)s --rows "ERA fast" --rows "feature*"
-  growth with N, size and batch:   %(prog)s --grow
+  some rows (and the floor):       %(prog)s --rows "era" --rows "*all proposals"
+  another run's methods:           %(prog)s --config-file my_run.yaml
+  growth with size and batch:      %(prog)s --grow
   where the time goes:             %(prog)s --profile profile.txt
 
-Trailing KEY VALUE pairs override the config, e.g. MODEL.ERA.TWI.PROPOSALS_PER_IMAGE 128.
+Beside the config's methods together there are rows of each method's own: settings changed one at a time.
+Trailing KEY VALUE pairs override the config, e.g. MODEL.DISTILLER.METHODS "('PKD',)".
 """
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SIZES = ("320x480", "480x800", "800x1344")
@@ -90,9 +93,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "resident set of a process of its own for every row; slow")  # fmt: skip
     add("--compile", action="store_true", help="also the rows with torch.compile, whose first step takes "
         "minutes; needs a C++ compiler")  # fmt: skip
-    add("--grow", action="store_true", help="also tables over N = 1, 2, 4, 8, image size and batch")
+    add("--grow", action="store_true", help="also tables over image size and batch")
     add("--grow-sizes", default=",".join(SIZES), metavar="HxW,...", help="default: %(default)s")
-    add("--profile", metavar="FILE", help="write a torch profile of one floor and one ERA step")
+    add(
+        "--profile",
+        metavar="FILE",
+        help="write a torch profile of one floor step and one of the run's methods",
+    )
     add("--json", metavar="FILE", help="write everything that was measured")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     return parser
@@ -119,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    cfg, notes = prepare_config(options)
+    cfg = prepare_config(options)
     device = torch.device(options.device)
     about = report.machine(device)
 
@@ -130,22 +137,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = choose([n for n in planned.makers if args.compile or COMPILE not in n], args.rows)
     bases = [base_of(name) for name in names]
     names = [n for n in planned.makers if n in names or n in bases]
-    anchors, proposals = bench.sampled(inputs)
-    era = cfg.MODEL.ERA
     settings = {
         **asdict(options),
         "command": shlex.join(["tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-        "anchors": anchors,
-        "proposals": proposals,
-        "era": f"N {era.NUM_BRANCHES}, {era.NUM_BLOCKS} blocks, kernel {era.KERNEL_SIZE}, hidden "
-        f"{era.HIDDEN_CHANNELS or 'full'}, norm {era.NORM}, TWI on "
-        f"{era.TWI.PROPOSALS_PER_IMAGE or 'all'} proposals an image, KD weight {era.KD_WEIGHT:g}",
+        "methods": {name: dict(cfg.MODEL[name]) for name in cfg.MODEL.DISTILLER.METHODS},
     }
     result = {
-        "schema": 1,
+        "schema": 2,
         "machine": about,
         "settings": settings,
-        "notes": notes + planned.notes,
+        "notes": planned.notes,
     }
     print(report.header(about, settings, result["notes"]), "\n", sep="", flush=True)
 
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush=True,
     )
     if args.profile:
-        rows = planned.make([FLOOR, FAST])
+        rows = planned.make([FLOOR, run_name(cfg)])
         Path(args.profile).write_text(profile_rows(rows, device), encoding="utf-8")
     if args.grow:
         result["grow"] = grow(
@@ -228,30 +229,27 @@ def read_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def prepare_config(options: Options) -> tuple[CfgNode, list[str]]:
-    """The distiller's config with random weights, all losses on and learning rate 0; and notes on it.
+def prepare_config(options: Options) -> CfgNode:
+    """The distiller's config with random weights and learning rate 0.
 
     Raises:
         UserError: the config cannot be read or describes no distiller.
     """
     cfg = load_config(options.config_file, options.opts)
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+    if not is_distiller(cfg) or not cfg.MODEL.DISTILLER.METHODS:
         raise UserError(
-            f"--config-file {options.config_file} describes a {cfg.MODEL.META_ARCHITECTURE}: expected "
-            "a Distiller, with a teacher, such as configs/era_r101_r50.yaml."
+            f"--config-file {options.config_file} describes a {cfg.MODEL.META_ARCHITECTURE} with "
+            f"MODEL.DISTILLER.METHODS {list(cfg.MODEL.DISTILLER.METHODS)}: expected a Distiller with a method "
+            "and a teacher, such as configs/era_r101_r50.yaml."
         )
     cfg.MODEL.DEVICE = options.device
     cfg.MODEL.WEIGHTS = cfg.MODEL.TEACHER.WEIGHTS = ""
     cfg.MODEL.TEACHER.ALLOW_RANDOM = True
-    cfg.MODEL.DISTILLER.METHODS = ("ERA",)
-    cfg.MODEL.ERA.ALPHA = 0.0
+    if any(method.alpha_key for method in methods_of(cfg).values()):
+        set_alpha(cfg, 0.0)
     cfg.SOLVER.BASE_LR = 0.0
-    notes = []
-    if cfg.MODEL.ERA.KD_WEIGHT == 0:
-        cfg.MODEL.ERA.KD_WEIGHT = 1.0
-        notes.append("MODEL.ERA.KD_WEIGHT is 0 in the config; set to 1, so that every loss is on.")
     validate_config(cfg)
-    return cfg, notes
+    return cfg
 
 
 def choose(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
@@ -284,7 +282,7 @@ def _row_memory_here(options: Options, name: str) -> float:
     quiet()
     if options.threads:
         torch.set_num_threads(options.threads)
-    cfg, _ = prepare_config(options)
+    cfg = prepare_config(options)
 
     def build():
         bench = Bench(cfg, amp_dtype=PRECISIONS[options.precision])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,10 +42,9 @@ def header(about: dict, settings: dict, notes: Sequence[str]) -> str:
         f"Versions: {versions}; era at commit {about['commit']}",
         f"Command: {settings['command']}",
         f"Step: {settings['images']} image(s) of {settings['height']}x{settings['width']}, "
-        f"{settings['precision']} on {settings['device']}; {settings['anchors']} sampled anchors and "
-        f"{settings['proposals']} sampled proposals; {settings['warmup']} warm-up and "
+        f"{settings['precision']} on {settings['device']}; {settings['warmup']} warm-up and "
         f"{settings['repeats']} counted rounds, rows taking turns",
-        f"ERA: {settings['era']}",
+        *(f"{name}: {_keys(keys)}" for name, keys in settings["methods"].items()),
     ]
     return "\n".join([*lines, *(f"Note: {note}" for note in notes)])
 
@@ -109,3 +108,11 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + (", with changes" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _keys(keys: Mapping, prefix: str = "") -> str:
+    """A method's keys and values in one line."""
+    return ", ".join(
+        _keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else f"{prefix}{key} {value}"
+        for key, value in keys.items()
+    )

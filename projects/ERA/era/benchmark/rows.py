@@ -16,31 +16,21 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from era.benchmark.reference import PlainLossERA
 from era.config import student_config
 from era.engine.trainer import StepTrainer
 from era.errors import UserError
-from era.methods import ERA
-from era.methods.era.fast.heads import FastTeacherHeads
-from era.methods.era.twi import TeacherHeads, check_equal_heads
-from era.modeling.detectors.rcnn import check_student, record
+from era.methods import Method
+from era.modeling.detectors import detector_of
 from era.modeling.distiller import Distiller, check_classes
-from era.modeling.teacher import Teacher, tame_random_weights
+from era.modeling.teacher import Teacher, zero_init_residuals
+from era.registry import methods_of, set_alpha
 
 OBJECTS_PER_IMAGE = 8
-PLAIN, TEACHER, FLOOR, MIMIC = "plain student step", "teacher forward", "floor", "feature mimic"
-REFERENCE, FAST = "ERA reference", "ERA fast"
-INFERENCE = "inference: student"
+PLAIN, TEACHER, FLOOR = "plain student step", "teacher forward", "floor"
+INFERENCE, ALPHA_1 = "inference: student", "inference: alpha 1"
 CHANNELS_LAST, COMPILE = "channels-last", "torch.compile"
 COMPILED_TEACHER = f"{TEACHER}, {COMPILE} on"
-MIMIC_KEYS = (
-    "NUM_BRANCHES", 0,
-    "SCALES", [],
-    "RESIDUAL_WEIGHT", 0.0,
-    "KD_WEIGHT", 0.0,
-    "TWI.RPN_WEIGHT", 0.0,
-    "TWI.ROI_WEIGHT", 0.0,
-)  # fmt: skip
+Builder = Callable[..., Method]
 
 
 @dataclass(frozen=True)
@@ -101,19 +91,20 @@ class Bench:
         self.device = torch.device(cfg.MODEL.DEVICE)
         torch.manual_seed(0)
         self.student = build_model(student_config(cfg))
-        check_student(self.student)
-        tame_random_weights(self.student)
+        self.detector = detector_of(self.student)
+        self.detector.check_student()
+        zero_init_residuals(self.student)
         self.teacher = Teacher(cfg)
         self.channels_last = self.teacher.memory_format == torch.channels_last
-        check_classes(self.student, self.teacher)
+        check_classes(self.detector, self.teacher)
         self._optimizer_state = defaultdict(dict)
         self.equal_heads = True
         try:
-            check_equal_heads(self.teacher.model, self.student, reason="equal proposals")
+            self.detector.check_equal_heads(self.teacher.detector, reason="equal proposals")
         except UserError:
             self.equal_heads = False
         else:  # so that student, alpha 1 and teacher choose about as many proposals
-            Distiller(student=self.student, teacher=self.teacher).init_student_from_teacher()
+            self.detector.inherit(self.teacher.detector, fpn=False)
 
     def batch(self, height: int, width: int, images: int) -> list[dict]:
         """Inputs as Detectron2's mapper makes them: noise, and boxes of 16 pixels to half the image."""
@@ -126,7 +117,7 @@ class Bench:
             truth = Instances((height, width))
             truth.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
             truth.gt_classes = torch.randint(
-                0, self.teacher.num_classes, (OBJECTS_PER_IMAGE,), generator=generator
+                0, self.detector.num_classes, (OBJECTS_PER_IMAGE,), generator=generator
             )
             pixels = (3, height, width)
             image = torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8)
@@ -139,32 +130,21 @@ class Bench:
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         )
 
-    def method(self, *overrides, kind: type[ERA] = ERA, plain_heads: bool = False, **levers) -> ERA:
-        """An ERA method from the config.
+    def methods(self, *, alpha: float = 0.0, **instead: Builder) -> nn.ModuleDict:
+        """The config's methods, from the same random numbers at every call.
 
         Args:
-            overrides: ``KEY, VALUE, ...`` below ``MODEL.ERA``.
-            kind: the class.
-            plain_heads: judge with the plain :class:`TeacherHeads`.
-            levers: switches of :class:`FastTeacherHeads`.
+            alpha: how far inference leans on the teacher.
+            instead: by a method's lower-case name, what builds it in another way.
         """
         cfg = self.cfg.clone()
-        cfg.defrost()
-        keys = [f"MODEL.ERA.{key}" for key in overrides[::2]]
-        cfg.merge_from_list([x for pair in zip(keys, overrides[1::2], strict=True) for x in pair])
-        torch.manual_seed(1)  # the same branches in every row
-        arguments = kind.from_config(cfg, self.student, self.teacher)
-        if arguments["heads"] is not None and (plain_heads or levers):
-            parts = (
-                self.teacher.model.proposal_generator,
-                self.teacher.model.roi_heads,
-                cfg.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE,
-            )
-            options = {"student_pooler": self.student.roi_heads.box_pooler, **levers}
-            arguments["heads"] = (
-                TeacherHeads(*parts) if plain_heads else FastTeacherHeads(*parts, **options)
-            )
-        return kind(**arguments).to(self.device)
+        if alpha > 0:
+            set_alpha(cfg, alpha)
+        built = {}
+        for name, method in methods_of(cfg).items():
+            torch.manual_seed(1)  # the same branches, adapters and projectors in every row
+            built[name] = instead.get(name, method)(cfg, self.detector, self.teacher)
+        return nn.ModuleDict(built).to(self.device)
 
     def training_step(self, model: nn.Module, inputs: list[dict]) -> Callable[[], None]:
         """One optimiser step of a model as :class:`era.engine.trainer.StepTrainer` does it."""
@@ -184,15 +164,19 @@ class Bench:
 
         return step
 
-    def era_row(
-        self, name: str, inputs: list[dict], method: ERA, *, channels_last: bool | None = None
+    def distiller_row(
+        self,
+        name: str,
+        inputs: list[dict],
+        methods: nn.ModuleDict,
+        *,
+        channels_last: bool | None = None,
     ) -> Row:
         """A distiller's training step.
 
         Args:
             channels_last: the teacher's memory layout; None for the config's.
         """
-        methods = nn.ModuleDict({"era": method})
         model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
         if channels_last is None:
             channels_last = self.channels_last
@@ -242,12 +226,12 @@ class Bench:
         return rows
 
     def inference_rows(self, inputs: list[dict]) -> dict[str, Callable[[], Row]]:
-        """Detection of the student, of the student with ERA at alpha 1, and of the teacher."""
+        """Detection of the student, of the run's methods at alpha 1 if one has an alpha, and of the teacher."""
 
         def make(name: str) -> Row:
             model = {"student": self.student, "teacher": self.teacher}.get(name.split(": ")[1])
             if model is None:
-                methods = nn.ModuleDict({"era": self.method("ALPHA", 1.0)})
+                methods = self.methods(alpha=1.0)
                 model = Distiller(student=self.student, teacher=self.teacher, methods=methods)
 
             def step() -> None:
@@ -256,22 +240,15 @@ class Bench:
 
             return Row(name, step, self._preparation(model, training=False))
 
-        names = [INFERENCE, "inference: alpha 1", "inference: teacher"]
+        has_alpha = any(method.alpha_key for method in methods_of(self.cfg).values())
+        names = [INFERENCE, *([ALPHA_1] if has_alpha else []), "inference: teacher"]
         return {name: lambda n=name: make(n) for name in names}
-
-    def sampled(self, inputs: list[dict]) -> tuple[int, int]:
-        """Anchors and proposals that the student's losses look at in one step, over all images."""
-        self.student.train()
-        with torch.no_grad(), EventStorage(0), record(self.student) as recording, self.autocast():
-            self.student(inputs)
-        anchors = sum(int((labels >= 0).sum()) for labels in recording.anchor_labels)
-        return anchors, sum(len(p) for p in recording.proposals)
 
     def _preparation(
         self, model: nn.Module, *, training: bool, channels_last: bool = False
     ) -> Callable[[], None]:
         def prepare() -> None:
-            self.teacher.lay_out(channels_last=channels_last)
+            self.teacher.set_memory_format(channels_last=channels_last)
             self.student.zero_grad(set_to_none=True)
             model.train(training)
             torch.manual_seed(2)  # every row samples the same anchors and proposals
@@ -280,54 +257,20 @@ class Bench:
 
 
 def plan(bench: Bench, inputs: list[dict]) -> Plan:
-    """All rows of the main table.
-
-    Levers that the config leaves no room for are left out, with a note.
-    """
-    era = bench.cfg.MODEL.ERA
+    """All rows of the main table: floor, the run's methods together, each method's own further rows, and
+    inference."""
     found = Plan(dict(bench.plain_rows(inputs)))
+    together = run_name(bench.cfg)
 
-    def add(name: str, *overrides, **options) -> None:
-        found.makers[name] = lambda: bench.era_row(
-            name, inputs, bench.method(*overrides, **options)
-        )
+    def add(name: str, make: Callable[[], nn.ModuleDict], **options) -> None:
+        found.makers[name] = lambda: bench.distiller_row(name, inputs, make(), **options)
 
-    add(MIMIC, *MIMIC_KEYS)
-    found.makers[REFERENCE] = lambda: bench.era_row(
-        REFERENCE,
-        inputs,
-        bench.method(kind=PlainLossERA, plain_heads=True),
-        channels_last=False,
-    )
-    add(FAST)
-    if era.TWI.RPN_WEIGHT > 0:
-        add(f"{FAST}, sparse RPN pass off", sparse_rpn=False)
-    if era.TWI.ROI_WEIGHT > 0:
-        add(f"{FAST}, stacked ROI pass off", stacked_roi=False)
-        add(f"{FAST}, folding off", fold=False)
-        add(f"{FAST}, reuse of e_0's pooling off", student_pooler=None)
-        if era.TWI.PROPOSALS_PER_IMAGE > 0:
-            add(f"{FAST}, fewer TWI proposals off", "TWI.PROPOSALS_PER_IMAGE", 0)
-        else:
-            found.notes.append("MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is 0: fewer proposals are off.")
-    if era.HIDDEN_CHANNELS > 0:
-        add(f"{FAST}, narrow branches off", "HIDDEN_CHANNELS", 0)
-    else:
-        found.notes.append("MODEL.ERA.HIDDEN_CHANNELS is 0: narrow branches are off.")
-    add(f"{FAST}, narrow residual loss off", kind=PlainLossERA)
-    switch = f"{FAST}, teacher {CHANNELS_LAST} {'off' if bench.channels_last else 'on'}"
-    found.makers[switch] = lambda: bench.era_row(
-        switch, inputs, bench.method(), channels_last=not bench.channels_last
-    )
-    add(f"{FAST}, MBRNet {COMPILE} on", "COMPILE", True)
-    add(f"{FAST}, without TWI RPN loss", "TWI.RPN_WEIGHT", 0.0)
-    add(f"{FAST}, without TWI ROI loss", "TWI.ROI_WEIGHT", 0.0)
-    add(f"{FAST}, without KD loss", "KD_WEIGHT", 0.0)
-    if not bench.method().estimator.mbrnet.is_factored:
-        found.notes.append(
-            "The branches do not end in a 1x1 conv without norm (MODEL.ERA.NORM, KERNEL_SIZE): nothing "
-            "can be folded."
-        )
+    add(together, bench.methods)
+    switch = f"{together}, teacher {CHANNELS_LAST} {'off' if bench.channels_last else 'on'}"
+    add(switch, bench.methods, channels_last=not bench.channels_last)
+    for lower, method in methods_of(bench.cfg).items():
+        for name, build in method.benchmark_rows(bench.cfg).items():
+            add(f"{method.__name__}, {name}", lambda n=lower, b=build: bench.methods(**{n: b}))
     if not bench.equal_heads:
         found.notes.append(
             "Student and teacher heads differ in shape and are random: at inference they choose "
@@ -335,3 +278,8 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
         )
     found.makers.update(bench.inference_rows(inputs[:1]))
     return found
+
+
+def run_name(cfg: CfgNode) -> str:
+    """The row of the config's methods together, e.g. ``ERA`` or ``ERA + PKD``."""
+    return " + ".join(cfg.MODEL.DISTILLER.METHODS)

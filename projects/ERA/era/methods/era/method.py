@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import kd_loss
 from era.methods.base import Chart, Method, Needs, check_levels
-from era.methods.era import config
-from era.methods.era.fast import FastTerms
+from era.methods.era import benchmark, config
+from era.methods.era.fast import ALL_ON, FastTerms, Levers
 from era.methods.era.inference import EstimatingBackbone
 from era.methods.era.losses import distances, feature_loss, residual_loss
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
@@ -51,6 +51,7 @@ class ERA(Method):
             by the ROI head, and how many the KD loss looks at; 0 = all.
         fast: compute the same numbers cheaply.
         compile_estimator: run the estimator in training through ``torch.compile``.
+        levers: what of the fast path is switched on.
     """
 
     idea = "approach the teacher's features in residual steps, each judged by the teacher's frozen heads"
@@ -92,6 +93,7 @@ class ERA(Method):
         samples_per_image: int = 0,
         fast: bool = True,
         compile_estimator: bool = False,
+        levers: Levers = ALL_ON,
     ):
         super().__init__()
         self.estimator = estimator
@@ -114,6 +116,7 @@ class ERA(Method):
                 self.judged_parts,
                 samples_per_image,
                 compiled=compile_estimator,
+                levers=levers,
             )
         compiled = torch.compile(estimator, dynamic=True) if compile_estimator else estimator
         self._estimate = (compiled,)
@@ -182,6 +185,11 @@ class ERA(Method):
             "fast": era.FAST,
             "compile_estimator": era.COMPILE,
         }
+
+    @classmethod
+    def benchmark_rows(cls, cfg: CfgNode) -> dict[str, Callable[..., Method]]:
+        """See :func:`era.methods.era.benchmark.rows`."""
+        return benchmark.rows(cls, cfg)
 
     @property
     def teacher(self) -> Teacher:

@@ -52,18 +52,21 @@ class FactoredEstimates:
 
 
 def factored_estimates(
-    estimator: FeatureEstimator, features: Mapping[str, Tensor]
+    estimator: FeatureEstimator, features: Mapping[str, Tensor], *, fused: bool = True
 ) -> FactoredEstimates:
     """As calling the estimator, equal to rounding, in factors.
 
     Args:
         features: the student's FPN maps, level name to (B, C_S, H, W).
+        fused: 1x1 branches in one buffer.
     """
     net = estimator.mbrnet
     zeroth = {level: estimator.adapter(features[level]) for level in estimator.levels}
     count, factors = len(net.branches), {}
     if count > 0:
-        factors = {level: branch_factors(net, features[level]) for level in estimator.levels}
+        factors = {
+            level: branch_factors(net, features[level], fused=fused) for level in estimator.levels
+        }
     return FactoredEstimates(zeroth, factors, projection(net), count, estimator.adapter)
 
 
@@ -93,18 +96,19 @@ def projection(net: MBRNet) -> Tensor | None:
     return torch.cat(products, dim=1)
 
 
-def branch_factors(net: MBRNet, features: Tensor) -> Tensor:
+def branch_factors(net: MBRNet, features: Tensor, *, fused: bool = True) -> Tensor:
     """``g_1..g_N`` of one level side by side, which :func:`projection` takes to ``d_1..d_N``.
 
     Args:
         features: ``F_S``, shape (B, C_S, H, W).
+        fused: 1x1 branches in one buffer.
 
     Returns:
         (B, N * h, H, W), or (B, N * C_T, H, W), ``g_i = d_i``, where there is no projection.
     """
     if not ends_linear(net):
         return torch.cat(net(features), dim=1)
-    if all(is_pointwise(branch) for branch in net.branches):
+    if fused and all(is_pointwise(branch) for branch in net.branches):
         first = [branch[0] for branch in net.branches]
         weight = torch.cat([conv.weight for conv in first]).flatten(1)
         mixing = None

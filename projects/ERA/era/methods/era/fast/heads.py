@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from era.losses import at_least_float32
 from era.methods.era.fast.factored import FactoredEstimates
+from era.methods.era.fast.levers import ALL_ON, Levers
 from era.methods.era.fast.patches import gather_patches
 from era.methods.era.twi import twi_loss
 from era.modeling.detectors.box_losses import box_losses
@@ -32,11 +33,7 @@ class FastHeads:
         judge: the teacher.
         student: whose box pooler's output on ``e_0`` is used again if the teacher's gives the same.
         samples_per_image: as in :func:`era.methods.era.twi.twi_loss`.
-        sparse_rpn: run the RPN head at the sampled positions alone.
-        stacked_roi: one ROI pass for all estimates.
-        reuse_pooling: let the student's pooling of ``e_0`` serve.
-
-    The switches are there to measure what each is worth (``tools/benchmark.py``).
+        levers: what is switched on.
     """
 
     def __init__(
@@ -44,20 +41,17 @@ class FastHeads:
         judge: RCNN,
         student: RCNN,
         samples_per_image: int,
-        *,
-        sparse_rpn: bool = True,
-        stacked_roi: bool = True,
-        reuse_pooling: bool = True,
+        levers: Levers = ALL_ON,
     ):
         self.judge = judge
         self.rpn = judge.model.proposal_generator
         self.roi_heads = judge.model.roi_heads
         self.samples_per_image = samples_per_image
-        self.sparse_rpn = sparse_rpn and knows_rpn_head(self.rpn)
+        self.sparse_rpn = levers.sparse_rpn and knows_rpn_head(self.rpn)
         self.stacked_roi = (
-            stacked_roi and type(self.roi_heads.box_predictor) is FastRCNNOutputLayers
+            levers.stacked_roi and type(self.roi_heads.box_predictor) is FastRCNNOutputLayers
         )
-        self.reuses_pooling = reuse_pooling and equal_poolers(
+        self.reuses_pooling = levers.reuse_pooling and equal_poolers(
             student.model.roi_heads.box_pooler, self.roi_heads.box_pooler
         )
 

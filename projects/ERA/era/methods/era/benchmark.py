@@ -1,0 +1,73 @@
+"""What of ERA ``tools/benchmark.py`` measures beside the method as it is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from detectron2.config import CfgNode
+
+from era.methods.base import Method
+from era.methods.era.fast import Levers
+from era.modeling.detectors import Detector
+from era.modeling.teacher import Teacher
+
+Builder = Callable[[CfgNode, Detector, Teacher], Method]
+MIMIC = (
+    "NUM_BRANCHES", 0,
+    "SCALES", [],
+    "RESIDUAL_WEIGHT", 0.0,
+    "KD_WEIGHT", 0.0,
+    "TWI.RPN_WEIGHT", 0.0,
+    "TWI.ROI_WEIGHT", 0.0,
+)  # fmt: skip
+BRANCHES = (1, 2, 8)
+
+
+def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
+    """The definition, every lever off in turn, every cost-bearing key at another value, and N.
+
+    Args:
+        method: the class.
+        cfg: the run's; settings that leave no room for a row leave it out.
+    """
+    era = cfg.MODEL.ERA
+
+    def with_keys(*overrides) -> Builder:
+        def build(cfg: CfgNode, student: Detector, teacher: Teacher) -> Method:
+            cfg = cfg.clone()
+            cfg.defrost()
+            keys = [f"MODEL.ERA.{key}" for key in overrides[::2]]
+            pairs = zip(keys, overrides[1::2], strict=True)
+            cfg.merge_from_list([item for pair in pairs for item in pair])
+            return method(cfg, student, teacher)
+
+        return build
+
+    def without(lever: str) -> Builder:
+        def build(cfg: CfgNode, student: Detector, teacher: Teacher) -> Method:
+            built = method.from_config(cfg, student, teacher)
+            return method(**built, levers=Levers(**{lever: False}))
+
+        return build
+
+    found = {"feature mimic alone": with_keys(*MIMIC), "as defined": with_keys("FAST", False)}
+    if era.FAST:
+        for lever in fields(Levers):
+            found[f"{lever.name} off"] = without(lever.name)
+    if era.TWI.PROPOSALS_PER_IMAGE > 0:
+        found["TWI on all proposals"] = with_keys("TWI.PROPOSALS_PER_IMAGE", 0)
+    if era.HIDDEN_CHANNELS > 0:
+        found["branches of full width"] = with_keys("HIDDEN_CHANNELS", 0)
+    for key, name in {
+        "TWI.RPN_WEIGHT": "TWI of the RPN",
+        "TWI.ROI_WEIGHT": "TWI of the ROI head",
+        "KD_WEIGHT": "KD",
+    }.items():
+        on = cfg.MODEL.ERA.TWI[key[4:]] if key.startswith("TWI.") else cfg.MODEL.ERA[key]
+        found[f"{'without' if on else 'with'} {name}"] = with_keys(key, 0.0 if on else 1.0)
+    for count in BRANCHES:
+        scales = [0.5**i for i in range(count)]
+        found[f"N = {count}"] = with_keys("NUM_BRANCHES", count, "SCALES", scales)
+    found["torch.compile on"] = with_keys("COMPILE", True)
+    return found
