@@ -1,0 +1,106 @@
+"""PKD: the teacher's feature maps up to each channel's mean and scale (Pearson correlation).
+
+Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+arXiv 2207.02039; form and weight as in mmrazor's ``PKDLoss`` and its Faster R-CNN recipe.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from era.errors import UserError
+from era.losses import at_least_float32, mse
+from era.methods.base import Method, check_levels, check_weights
+from era.modeling.detectors import Detector
+from era.modeling.step import Step
+from era.modeling.teacher import Teacher
+from era.registry import METHOD_REGISTRY
+
+
+def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``1/2 MSE`` of maps standardised by channel, which is ``1 - r``, r Pearson's correlation of a channel's
+    elements over images and positions, averaged over channels.
+
+    Differs from mmrazor's code in the variance: over n, not n - 1, elements, so that the identity is exact
+    and a map of one element gives 0 instead of nan; and in the guard against a constant channel, whose
+    gradient is 0 here.
+
+    Args:
+        student: (B, C, H, W), with gradient.
+        teacher: same shape, a constant.
+
+    Returns:
+        Scalar from 0 to 2, float32 or wider.
+    """
+    return 0.5 * mse(standardised(student), standardised(teacher.detach()))
+
+
+def standardised(maps: Tensor) -> Tensor:
+    """Maps (B, C, H, W) with mean 0 and variance 1 in every channel, over images and positions."""
+    maps = at_least_float32(maps)
+    with torch.autocast(maps.device.type, enabled=False):
+        variance, mean = torch.var_mean(maps, dim=(0, 2, 3), correction=0, keepdim=True)
+        return (maps - mean) / (variance + 1e-12).sqrt()
+
+
+@METHOD_REGISTRY.register()
+class PKD(Method):
+    """``loss_pkd_feature = w sum_l pkd_loss(A(F_S^l), F_T^l)``.
+
+    Args:
+        levels: FPN levels.
+        weight: w.
+        channels: of the student's and of the teacher's maps; where they differ, ``A`` is a 1x1 conv shared by
+            the levels (PKD itself compares models of equal width), else the identity.
+    """
+
+    idea = "match the teacher's FPN maps up to each channel's mean and scale"
+    paper = "PKD, arXiv 2207.02039"
+    loss_labels: ClassVar = {"loss_pkd_feature": "PKD: 1 − correlation of the FPN maps"}
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add ``MODEL.PKD``."""
+        cfg.MODEL.PKD = CfgNode()
+        # FPN levels that are compared; their losses are summed. p6 is a part of p5.
+        cfg.MODEL.PKD.LEVELS = ["p2", "p3", "p4", "p5"]
+        cfg.MODEL.PKD.WEIGHT = 6.0  # w, mmrazor's for Faster R-CNN; 0 switches the loss off
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """A weight of at least 0, and at least one level."""
+        check_weights({"MODEL.PKD.WEIGHT": cfg.MODEL.PKD.WEIGHT})
+        if not cfg.MODEL.PKD.LEVELS:
+            raise UserError("MODEL.PKD.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
+
+    @configurable
+    def __init__(self, *, levels: list[str], weight: float, channels: tuple[int, int]):
+        super().__init__()
+        self.levels = list(levels)
+        self.weight = weight
+        own, other = channels
+        self.adapter = nn.Identity() if own == other else nn.Conv2d(own, other, 1)
+        self.adapter.requires_grad_(weight > 0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
+        """Read ``MODEL.PKD``.
+
+        Raises:
+            UserError: a level is missing, or its stride differs.
+        """
+        levels = list(cfg.MODEL.PKD.LEVELS)
+        channels = check_levels(student, teacher.detector, levels, "MODEL.PKD.LEVELS")
+        return {"levels": levels, "weight": cfg.MODEL.PKD.WEIGHT, "channels": channels}
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """``loss_pkd_feature``, unless its weight is 0."""
+        if self.weight == 0:
+            return {}
+        own, other = step.student.features, step.teacher_features
+        total = sum(pkd_loss(self.adapter(own[level]), other[level]) for level in self.levels)
+        return {"loss_pkd_feature": self.weight * total}
