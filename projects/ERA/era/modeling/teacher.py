@@ -125,8 +125,8 @@ class Teacher(nn.Module):
                 least that, rounded up to what the teacher's backbone divides by.
         """
         model = self.model
-        step = max(model.backbone.size_divisibility, 1)
-        height, width = (math.ceil(size / step) * step for size in (height, width))
+        divisor = max(model.backbone.size_divisibility, 1)
+        height, width = (math.ceil(size / divisor) * divisor for size in (height, width))
         batch = model.pixel_mean.new_zeros(len(batched_inputs), 3, height, width)
         sizes = []
         for padded, item in zip(batch, batched_inputs, strict=True):
