@@ -284,3 +284,18 @@ def test_the_old_key_names_the_new_one(value, tmp_path):
 def test_a_distiller_that_would_distil_nothing_is_refused():
     with pytest.raises(UserError, match="nothing would be distilled: name methods out of ERA"):
         tiny_model("era", "MODEL.DISTILLER.METHODS", "[]")
+
+
+def test_a_checkpoint_of_0_1_still_fits():
+    """Its keys, as version 0.1 named them: the student under ``student.``, ERA's modules under ``methods.era``."""
+    model = tiny_model("era", teacher_opts=["MODEL.FPN.OUT_CHANNELS", "24"])
+    own = {key for key in model.state_dict() if key.startswith("methods.")}
+    branch = {
+        f"branches.{i}.{name}" for i in range(4) for name in ("0.weight", "0.bias", "2.weight")
+    }
+    expected = {f"methods.era.estimator.mbrnet.{key}" for key in branch}
+    expected |= {f"methods.era.estimator.mbrnet.up_projections.{i}.weight" for i in range(4)}
+    expected |= {f"methods.era.estimator.adapter.{name}" for name in ("weight", "bias")}
+    assert own == expected
+    rest = {key.removeprefix("student.") for key in model.state_dict()} - own
+    assert rest == set(tiny_model("plain").state_dict())

@@ -132,7 +132,7 @@ def assert_heads_equal_the_definition(fast, estimator, step, student, samples_pe
     factored = factored_estimates(estimator, step.features)
     cumulative = estimator(step.features).cumulative()
     with EventStorage(0):
-        for part in ("rpn", "roi"):
+        for part in filter(fast.knows, ("rpn", "roi")):
             assert_equal_to_reference(
                 fast.loss(part, factored, weights, step),
                 twi_loss(
@@ -147,7 +147,7 @@ def assert_heads_equal_the_definition(fast, estimator, step, student, samples_pe
 def test_fast_heads_equal_the_definition(case):
     student, teacher, estimator, step = setting(case, (2, 3))
     fast = FastHeads(detector_of(teacher), detector_of(student), 10)
-    assert fast.sparse_rpn == (case != "two RPN convs")
+    assert fast.knows("rpn") == (case != "two RPN convs") and fast.knows("roi")
     assert fast.reuses_pooling == (case != "another pooler")
     assert_heads_equal_the_definition(fast, estimator, step, student, 10)
 
@@ -164,6 +164,20 @@ def assert_default_equals_definition(objects, size=(64, 96), **options):
 def test_every_lever_alone_gives_the_same(switches):
     names = ("sparse_rpn", "stacked_roi", "reuse_pooling")
     assert_default_equals_definition((2, 1), **dict(zip(names, switches, strict=True)))
+
+
+@pytest.mark.parametrize("lever, part", [("sparse_rpn", "rpn"), ("stacked_roi", "roi")])
+def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
+    """And the whole step is the same, because the definition then runs."""
+    found = []
+    for levers in (Levers(), Levers(**{lever: False})):
+        model = tiny_model("era")
+        era = model.methods["era"]
+        judge, student = model.teacher.detector, model.detector
+        era.fast_terms.heads = FastHeads(judge, student, era.samples_per_image, levers)
+        assert era.fast_terms.heads.knows(part) == getattr(levers, lever)
+        found.append(losses_of(model, batch())[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
 from era.errors import UserError
-
-if TYPE_CHECKING:
-    from era.methods.base import Method
 
 METHOD_REGISTRY = Registry("DISTILLATION_METHOD")
 METHOD_REGISTRY.__doc__ = """
@@ -25,8 +21,9 @@ def is_distiller(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "Distiller"
 
 
-def methods_of(cfg: CfgNode) -> dict[str, type[Method]]:
-    """The methods of a run: class by lower-case name, in the order of ``MODEL.DISTILLER.METHODS``.
+def methods_of(cfg: CfgNode) -> dict[str, type]:
+    """The methods of a run: :class:`era.methods.base.Method` subclasses by lower-case name, in the order of
+    ``MODEL.DISTILLER.METHODS``.
 
     The lower-case name is that of the method's module in the distiller and in its losses,
     ``loss_<name>_<term>``. Empty for a plain detector.
@@ -34,7 +31,7 @@ def methods_of(cfg: CfgNode) -> dict[str, type[Method]]:
     Raises:
         UserError: an unknown or repeated name.
     """
-    found: dict[str, type[Method]] = {}
+    found: dict[str, type] = {}
     for name in cfg.MODEL.DISTILLER.METHODS if is_distiller(cfg) else ():
         known = sorted(known for known, _ in METHOD_REGISTRY)
         if name not in known:

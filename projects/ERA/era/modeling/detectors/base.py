@@ -16,6 +16,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.modeling.detectors.proposals import ProposalSample
 
 
 class Predictions(NamedTuple):
@@ -70,6 +71,12 @@ class Recording:
     def samples(self) -> object:
         """Where :meth:`Detector.predict` is to predict so that its rows align with ``predictions``."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its samples are")
+
+    def sample(self, per_image: int) -> ProposalSample:
+        """A part of the samples that stands for all, with its strata (0 = all); taken once a step."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how to take a part of its samples"
+        )
 
 
 class Detector(ABC):

@@ -4,62 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from era.errors import UserError
 from era.losses import at_least_float32
-from era.modeling.detectors.base import Detector, Predictions, Recording, TaskLoss
-from era.modeling.detectors.box_losses import box_losses
+from era.modeling.detectors.base import Detector, Predictions, TaskLoss
 from era.modeling.detectors.families import DETECTOR_FAMILIES
-from era.modeling.detectors.proposals import ProposalSample, sample_proposals
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
-
-
-@dataclass
-class RCNNRecording(Recording):
-    """A training step of an R-CNN.
-
-    Attributes:
-        anchors: the RPN's anchors, one :class:`Boxes` a level, pixels.
-        anchor_labels: per image, (sum of H * W * A,) of 1 object, 0 background, -1 not sampled.
-        anchor_boxes: per image, the matched ground-truth box of every anchor, (sum of H * W * A, 4).
-        anchors_per_image: ``MODEL.RPN.BATCH_SIZE_PER_IMAGE``, what the RPN's losses are divided by.
-        rpn_output: the RPN head's objectness logits (B, A, H, W) and deltas (B, 4A, H, W), lists by level.
-        proposals: per image, the sampled proposals with ``gt_classes`` (and ``gt_boxes`` if any).
-        num_classes: the class of background.
-        roi_features: the box pooler's output on those proposals, (R, C_S, P, P), with gradient.
-    """
-
-    anchors: list[Boxes] = field(default_factory=list)
-    anchor_labels: list[Tensor] = field(default_factory=list)
-    anchor_boxes: list[Tensor] = field(default_factory=list)
-    anchors_per_image: int = 0
-    rpn_output: tuple[list[Tensor], list[Tensor]] = ((), ())
-    proposals: list[Instances] = field(default_factory=list)
-    num_classes: int = 0
-    roi_features: Tensor = None
-    _samples: dict[int, ProposalSample] = field(default_factory=dict, repr=False)
-
-    @property
-    def samples(self) -> list[Instances]:
-        """The sampled proposals."""
-        return self.proposals
-
-    def sample(self, per_image: int) -> ProposalSample:
-        """A part of the proposals that stands for all (0 = all); taken once a step, whoever asks."""
-        if per_image not in self._samples:
-            self._samples[per_image] = sample_proposals(self.proposals, self.num_classes, per_image)
-        return self._samples[per_image]
+from era.modeling.detectors.rcnn_losses import (
+    RCNNRecording,
+    by_anchor,
+    roi_task_losses,
+    rpn_task_losses,
+)
 
 
 @DETECTOR_FAMILIES.register()
@@ -206,55 +171,7 @@ class RCNN(Detector):
     def task_losses(self, recording: RCNNRecording) -> dict[str, TaskLoss]:
         """``loss_rpn_cls`` and ``loss_rpn_loc`` over sampled anchors, ``loss_cls`` and ``loss_box_reg`` over sampled
         proposals. Masks, keypoints and federated class losses cannot be weighted by sample."""
-        return {**self._rpn_losses(recording), **self._roi_losses(recording)}
-
-    def _rpn_losses(self, recording: RCNNRecording) -> dict[str, TaskLoss]:
-        rpn = self.model.proposal_generator
-        logits, deltas = (torch.cat(x, dim=1) for x in by_anchor(*recording.rpn_output))
-        labels = torch.stack(recording.anchor_labels)
-        boxes = torch.cat([anchors.tensor for anchors in recording.anchors]).repeat(len(labels), 1)
-        normaliser = float(recording.anchors_per_image * len(labels))
-        rows = (labels.flatten() >= 0).nonzero(as_tuple=True)[0]
-        objects = (labels.flatten() == 1).nonzero(as_tuple=True)[0]
-        truth = labels.flatten()[rows].to(logits.dtype)
-        objectness = F.binary_cross_entropy_with_logits(
-            logits.flatten()[rows], truth, reduction="none"
-        )
-        matched = torch.cat(recording.anchor_boxes)[objects]
-        location = box_losses(rpn, boxes[objects], matched, deltas.flatten(0, 1)[None, objects])[0]
-        scale = rpn.loss_weight
-        return {
-            "loss_rpn_cls": TaskLoss(scale.get("loss_rpn_cls", 1.0) * objectness, normaliser, rows),
-            "loss_rpn_loc": TaskLoss(scale.get("loss_rpn_loc", 1.0) * location, normaliser, objects),
-        }  # fmt: skip
-
-    def _roi_losses(self, recording: RCNNRecording) -> dict[str, TaskLoss]:
-        predictor = self.model.roi_heads.box_predictor
-        logits, deltas = (at_least_float32(x) for x in recording.predictions)
-        classes = torch.cat([own.gt_classes for own in recording.proposals])
-        rows, normaliser = torch.arange(len(classes), device=classes.device), max(len(classes), 1)
-        scale, losses = predictor.loss_weight, {}
-        if not predictor.use_fed_loss:
-            if predictor.use_sigmoid_ce:
-                truth = F.one_hot(classes, self.num_classes + 1)[:, :-1].to(logits.dtype)
-                values = F.binary_cross_entropy_with_logits(
-                    logits[:, :-1], truth, reduction="none"
-                ).sum(1)
-            else:
-                values = F.cross_entropy(logits, classes, reduction="none")
-            values = scale.get("loss_cls", 1.0) * values
-            losses["loss_cls"] = TaskLoss(values, normaliser, rows)
-        objects = (classes < self.num_classes).nonzero(as_tuple=True)[0]
-        boxes, matched = boxes_and_truth(recording.proposals)
-        location = box_losses(
-            predictor,
-            boxes[objects],
-            matched[objects],
-            deltas_of_class(deltas[None, objects], classes[objects], boxes.shape[1]),
-        )[0]
-        location = scale.get("loss_box_reg", 1.0) * location
-        losses["loss_box_reg"] = TaskLoss(location, normaliser, objects)
-        return losses
+        return rpn_task_losses(self.model, recording) | roi_task_losses(self.model, recording)
 
     def check_judge(self, student: Detector, reason: str) -> None:
         """Plain heads, and the same anchors."""
@@ -341,29 +258,6 @@ class RCNN(Detector):
                 "alone: set MODEL.MASK_ON and MODEL.KEYPOINT_ON False with weights that have no such heads."
             )
         return rcnn_with_heads(self.model, teacher.model, backbone)
-
-
-def by_anchor(logits: list[Tensor], deltas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """An RPN head's maps, (B, A, H, W) and (B, 4A, H, W), in the order of its anchors, float32:
-    (B, H * W * A) and (B, H * W * A, 4)."""
-    logits = [at_least_float32(x.permute(0, 2, 3, 1).flatten(1)) for x in logits]
-    deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]
-    return logits, [at_least_float32(x) for x in deltas]
-
-
-def boxes_and_truth(proposals: list[Instances]) -> tuple[Tensor, Tensor]:
-    """Boxes of proposals and the ground-truth box of each, (R, 4) each; its own where there is none."""
-    boxes = torch.cat([own.proposal_boxes.tensor for own in proposals])
-    truth = [(own.gt_boxes if own.has("gt_boxes") else own.proposal_boxes) for own in proposals]
-    return boxes, torch.cat([own.tensor for own in truth])
-
-
-def deltas_of_class(deltas: Tensor, classes: Tensor, size: int) -> Tensor:
-    """The deltas of each row's class, (K, R, size), out of (K, R, size * classes), or (K, R, size) for all
-    classes alike."""
-    deltas = deltas.unflatten(2, (-1, size))
-    slot = classes if deltas.shape[2] > 1 else torch.zeros_like(classes)
-    return deltas[:, torch.arange(len(classes), device=classes.device), slot]
 
 
 def _equal_anchors(own, other) -> bool:

@@ -20,14 +20,14 @@ from era.losses import at_least_float32
 from era.methods.era.fast.factored import FactoredEstimates
 from era.methods.era.fast.levers import ALL_ON, Levers
 from era.methods.era.fast.patches import gather_patches
-from era.methods.era.twi import twi_loss
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, Stratum
-from era.modeling.detectors.rcnn import RCNN, RCNNRecording, boxes_and_truth, deltas_of_class
+from era.modeling.detectors.rcnn import RCNN
+from era.modeling.detectors.rcnn_losses import RCNNRecording, boxes_and_truth, deltas_of_class
 
 
 class FastHeads:
-    """The teacher's heads on factored estimates; part by part the definition where a head is not known.
+    """The teacher's heads on factored estimates, as far as their parts are known.
 
     Args:
         judge: the teacher.
@@ -62,6 +62,10 @@ class FastHeads:
         pooling = "reused" if self.stacked_roi and self.reuses_pooling else "its own"
         return f"RPN pass {rpn}; ROI pass {roi}, e_0's pooling {pooling}"
 
+    def knows(self, part: str) -> bool:
+        """Whether this part of the heads has a fast path; the definition serves for the others."""
+        return {"rpn": self.sparse_rpn, "roi": self.stacked_roi}[part]
+
     def loss(
         self,
         part: str,
@@ -69,19 +73,9 @@ class FastHeads:
         weights: list[float],
         recording: RCNNRecording,
     ) -> Tensor:
-        """As :func:`era.methods.era.twi.twi_loss`, of factored estimates."""
-        if part == "rpn" and self.sparse_rpn:
-            return self._rpn_loss(estimates, weights, recording)
-        if part == "roi" and self.stacked_roi:
-            return self._roi_loss(estimates, weights, recording)
-        return twi_loss(
-            self.judge,
-            part,
-            estimates.dense().cumulative(),
-            weights,
-            recording,
-            samples_per_image=self.samples_per_image,
-        )
+        """As :func:`era.methods.era.twi.twi_loss`, of factored estimates and a part that it knows."""
+        by_part = {"rpn": self._rpn_loss, "roi": self._roi_loss}
+        return by_part[part](estimates, weights, recording)
 
     # ---- RPN: N + 1 estimates at A sampled anchors -------------------------------------------------
 

@@ -104,7 +104,7 @@ class FastTerms:
         weights: list[float],
         recording: Recording,
     ) -> Tensor:
-        if self.heads is not None:
+        if self.heads is not None and self.heads.knows(part):
             return self.heads.loss(part, estimates, weights, recording)
         return twi_loss(
             self.judge,
