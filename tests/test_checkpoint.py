@@ -154,6 +154,64 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.equal(torch.load(path)["model"]["w"], torch.ones(2))
 
 
+class Progress:
+    """A run's trainer, as a checkpoint holds it."""
+
+    def state_dict(self):
+        return {"iteration": 0}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def run_folder(folder, iterations):
+    """A checkpointer whose folder holds checkpoints of these iterations, weights alone, and a marker."""
+    checkpointer = SafeCheckpointer(torch.nn.Linear(2, 2), str(folder), trainer=Progress())
+    for name, iteration in iterations.items():
+        checkpointer.save(name, iteration=iteration)
+    torch.save({"model": {}}, folder / "teacher.pth")
+    return checkpointer
+
+
+@pytest.mark.parametrize("marker", [None, "", "model_0000007.pth", b"\xff\xfe", "folder"])
+def test_without_a_usable_marker_the_newest_whole_checkpoint_counts(marker, tmp_path, caplog):
+    """A run of 8 iterations that was continued: model_final is older than the last of the others."""
+    names = {"model_0000003": 3, "model_final": 7, "model_0000011": 11, "model_0000015": 15}
+    checkpointer = run_folder(tmp_path, names)
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000015.pth")
+    path = tmp_path / "last_checkpoint"
+    path.unlink()
+    if marker == "folder":
+        path.mkdir()
+    elif marker is not None:
+        path.write_bytes(marker if isinstance(marker, bytes) else marker.encode())
+    whole = (tmp_path / "model_0000015.pth").read_bytes()
+    (tmp_path / "model_0000015.pth").write_bytes(whole[: len(whole) // 2])
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000011.pth")
+    assert caplog.text.count("resuming from") == 1  # told once
+    assert "model_0000011.pth, iteration 11" in caplog.text
+    assert "model_0000015.pth: unreadable" in caplog.text and "teacher" not in caplog.text
+
+
+def test_the_marker_decides_while_its_file_is_whole(tmp_path, caplog):
+    checkpointer = run_folder(tmp_path, {"model_0000003": 3, "model_0000007": 7})
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000003.pth")
+    assert not caplog.text
+    (tmp_path / "model_0000003.pth").write_bytes(b"")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000007.pth")
+
+
+def test_folders_that_nothing_can_be_resumed_from(tmp_path):
+    checkpointer = run_folder(tmp_path / ".", {})
+    assert not checkpointer.has_checkpoint()  # teacher.pth is no checkpoint of a run
+    (tmp_path / "model_0000003.pth").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"model_0000003\.pth cannot be read .* without --resume"):
+        checkpointer.has_checkpoint()
+    assert not SafeCheckpointer(torch.nn.Linear(2, 2), str(tmp_path / "new")).has_checkpoint()
+
+
 def stock_cfg_of(folder):
     cfg = get_cfg()
     cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=False)

@@ -12,6 +12,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
+from era.addresses import check_bases, is_remote
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 
@@ -107,7 +108,10 @@ def merge_config(
     if config_file:
         path = find_config_file(config_file, what=what)
         try:
+            check_bases(path, what=what)
             cfg.merge_from_file(path, allow_unsafe=False)
+        except UserError:
+            raise
         except (yaml.YAMLError, KeyError, ValueError, AssertionError, AttributeError, OSError) as e:
             raise UserError(
                 f"{what} {config_file} is not a config that can be read ({_first_line(e)}): expected "
@@ -120,6 +124,15 @@ def merge_config(
             f"{opts_what} has overrides that do not fit ({_first_line(e)}): expected pairs of an "
             "existing KEY and a VALUE of its type; correct them."
         ) from e
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            f"{what} {config_file} or {opts_what} sets MODEL.LOAD_PROPOSALS True: Detectron2 reads such "
+            "proposals as pickles, which can run any code; set it False and let an RPN propose."
+        )
+    if is_remote(cfg.OUTPUT_DIR):
+        raise UserError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, an address: expected a folder of this machine; name one."
+        )
 
 
 def find_config_file(config_file: str, *, what: str) -> str:
@@ -128,7 +141,7 @@ def find_config_file(config_file: str, *, what: str) -> str:
     Raises:
         UserError: it is neither.
     """
-    if os.path.isfile(config_file):
+    if os.path.isfile(config_file) and not is_remote(config_file):
         return config_file
     try:
         return model_zoo.get_config_file(config_file)

@@ -6,52 +6,22 @@ optimiser, the scheduler and the iteration, and the teacher's source and hash; n
 
 from __future__ import annotations
 
-import codecs
-import collections
 import logging
 import os
-import pickle
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from era.addresses import check_address
+from era.checkpoint.unpickling import SafeUnpickler
 from era.checkpoint.writing import save_whole
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 STUDENT_PREFIX = "student."
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers and numpy arrays, such as model-zoo weights; nothing else, so a
-    pickle never runs code of its own."""
-
-    _ALLOWED: ClassVar = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("_codecs", "encode"): codecs.encode,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): np.ndarray,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few globals that arrays need.
-
-        Raises:
-            pickle.UnpicklingError: any other global.
-        """
-        if (module, name) in self._ALLOWED:
-            return self._ALLOWED[module, name]
-        # numpy 2 renamed numpy.core to numpy._core; files of both ages exist.
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in (
-            "_reconstruct",
-            "scalar",
-        ):
-            return getattr(np._core.multiarray, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -69,20 +39,22 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     incompatible = None
     filled_methods = False
+    _told = ""
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """As Detectron2's, but every failure to read is one sentence.
+        """As Detectron2's, but an address is checked first and every failure to read is one sentence.
 
         Raises:
             UserError: the file is absent, unreachable or no checkpoint.
         """
         try:
+            check_address(path, what="weights")
             return super().load(path, *args, **kwargs)
         except UserError:
             raise
         except (AssertionError, OSError) as e:
             raise UserError(
-                f"weights {path!r} cannot be had ({_short(e)}): expected an existing file or a "
+                f"weights {path!r} cannot be opened ({_short(e)}): expected an existing file or a "
                 "reachable address; correct the path, or download the file and give its path."
             ) from e
         except Exception as e:  # a file of anything can fail in any way
@@ -121,6 +93,56 @@ class SafeCheckpointer(DetectionCheckpointer):
                 checkpoint["model"] = strip_student(weights)
             self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
+
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint to resume from.
+
+        Raises:
+            UserError: as :meth:`get_checkpoint_file`.
+        """
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The file that ``last_checkpoint`` names, else the one of the latest iteration; "" if there is
+        none. A file that cannot be read is passed over with a warning.
+
+        Raises:
+            UserError: there are files, and none of them can be read.
+        """
+        tagged = self._tagged_file()
+        if tagged and _iteration(tagged) is not None:
+            return tagged
+        files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
+        iterations = {path: _iteration(path) for path in files}
+        broken = sorted(path for path, iteration in iterations.items() if iteration is None)
+        resumable = {p: i for p, i in iterations.items() if i is not None and i >= 0}
+        if not resumable:
+            if broken:
+                raise UserError(
+                    f"{broken[-1]} cannot be read and {self.save_dir} holds no other checkpoint to resume "
+                    "from: expected a checkpoint of this run; move the file away, or start without "
+                    "--resume."
+                )
+            return ""
+        newest = max(resumable, key=resumable.__getitem__)
+        marker = os.path.join(self.save_dir, "last_checkpoint")
+        found = (
+            f"names {tagged}, which cannot be read" if tagged else "is missing or cannot be read"
+        )
+        skipped = f" (not from {', '.join(broken)}: unreadable)" if broken else ""
+        message = (
+            f"{marker} {found}: resuming from {newest}, iteration {resumable[newest]}{skipped}."
+        )
+        if message != self._told:  # the folder is looked at several times
+            logger.warning(message)
+            self._told = message
+        return newest
+
+    def _tagged_file(self) -> str:
+        try:
+            return super().get_checkpoint_file()
+        except (OSError, UnicodeDecodeError):
+            return ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``: complete, or not at all."""
@@ -168,7 +190,22 @@ def misfits(wrong) -> list[str]:
     misshapen = {key for key, _, _ in wrong.incorrect_shapes}  # these count as missing too
     problems += [f"lacks {key}" for key in wrong.missing_keys if key not in misshapen]
     # a deeper network's weights fill a shallower one without a gap; only what is left over tells
-    return problems + [f"has {key}, which the model has not" for key in wrong.unexpected_keys]
+    return problems + [f"has {key}, which the model lacks" for key in wrong.unexpected_keys]
+
+
+def _iteration(path: str) -> int | None:
+    """Iteration that a checkpoint was written after; -1 for weights alone, None if it is not readable.
+
+    The tensors are mapped and not read.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a file of anything can fail in any way
+        return None
+    if not isinstance(data, dict) or "trainer" not in data:
+        return -1
+    iteration = data.get("iteration")
+    return iteration if isinstance(iteration, int) else -1
 
 
 def strip_student(weights: dict[str, Any]) -> dict[str, Any]:

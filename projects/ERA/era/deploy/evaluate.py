@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from era.addresses import is_remote
 from era.config import find_config_file, load_config
 from era.data import toy
 from era.data.datasets import register_from_config
@@ -106,11 +107,11 @@ def eager_predictor(args: argparse.Namespace, manifest: dict) -> Predictor | Non
         UserError: the arguments name something that cannot be loaded.
     """
     given = {"run": args.run, "config_file": args.config_file, "weights": args.weights}
-    opts = list(args.opts)
+    opts, recorded_opts = list(args.opts), None
     if not any(given.values()):
         source = manifest.get("source", {})
         given = {key: str(source.get(key)) for key in ("config_file", "weights")}
-        opts = [*source.get("opts", []), *opts]
+        recorded_opts = source.get("opts", [])
         if not _is_unchanged(given["config_file"], given["weights"], source.get("weights_sha256")):
             print(
                 f"no eager beside it: {given['weights']} or its config is gone or has changed since the "
@@ -123,7 +124,11 @@ def eager_predictor(args: argparse.Namespace, manifest: dict) -> Predictor | Non
     opts += ["INPUT.MIN_SIZE_TEST", manifest["input"]["min_size"]]
     opts += ["INPUT.MAX_SIZE_TEST", manifest["input"]["max_size"]]
     return load_source(
-        **given, opts=opts, alpha=manifest["alpha"], classes_file=args.classes
+        **given,
+        opts=opts,
+        recorded_opts=recorded_opts,
+        alpha=manifest["alpha"],
+        classes_file=args.classes,
     ).predictor()
 
 
@@ -132,7 +137,7 @@ def _is_unchanged(config_file: str, weights: str, sha256: str | None) -> bool:
         find_config_file(config_file, what="the manifest's source")
     except UserError:
         return False
-    return os.path.isfile(weights) and sha256_file(weights) == sha256
+    return not is_remote(weights) and os.path.isfile(weights) and sha256_file(weights) == sha256
 
 
 def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:

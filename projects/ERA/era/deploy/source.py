@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
+from era.addresses import check_nothing_fetched
 from era.checkpoint.reading import misfits
 from era.config import load_config, student_config, validate_config
 from era.data.datasets import register_from_config
@@ -76,6 +77,7 @@ def load_source(
     config_file: str = "",
     weights: str = "",
     opts: Sequence[str] = (),
+    recorded_opts: Sequence[str] | None = None,
     alpha: int = 0,
     classes_file: str = "",
 ) -> Source:
@@ -86,6 +88,8 @@ def load_source(
             ``weights`` may name another checkpoint.
         config_file, weights: instead of ``run``: any student's; a distilled checkpoint for alpha 1.
         opts: overrides of the config, ``[KEY, VALUE, ...]``.
+        recorded_opts: overrides before these, out of a manifest; then that manifest, and not the user,
+            names the config and the weights. Neither it nor a run's folder causes a download.
         alpha: 0 = the plain student, no teacher is needed; 1 = the teacher's heads on ``e_N``.
         classes_file: class names, one a line; "" = those of the config's datasets.
 
@@ -107,6 +111,7 @@ def load_source(
         weights = weights or last_checkpoint(run)
     if not weights:
         raise UserError("--weights is missing: name the checkpoint that belongs to --config-file.")
+    typed, opts = opts, [*(recorded_opts or ()), *opts]
     cfg = load_config(config_file, opts)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = weights
@@ -118,6 +123,8 @@ def load_source(
                 f"MODEL.META_ARCHITECTURE of {config_file} is {cfg.MODEL.META_ARCHITECTURE}: alpha 1 "
                 "needs a distilled run; export alpha 0 or name another run."
             )
+        if run or recorded_opts is not None:
+            check_nothing_fetched(cfg, typed, source=config_file)
         set_alpha(cfg, 1.0)
         validate_config(cfg)
         eager = build_model(cfg)

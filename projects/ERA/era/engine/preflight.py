@@ -91,8 +91,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
             build_for_evaluation(cfg, resume=args.resume)
         else:
             model = build_model(cfg)
-            has_checkpoint = SafeCheckpointer(model, cfg.OUTPUT_DIR).has_checkpoint()
-            if not (args.resume and has_checkpoint):
+            if not (args.resume and SafeCheckpointer(model, cfg.OUTPUT_DIR).has_checkpoint()):
                 SafeCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
 
 

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.modeling import build_model
 from torch import nn
 
+from era.addresses import check_bases
 from era.engine.preflight import build_for_evaluation
 from era.engine.trainer import STUDENT_FOLDER
 from era.runs.plan import Run
@@ -54,9 +55,11 @@ def load(run: Run) -> nn.Module:
     """
     if run.iterations:
         cfg = get_cfg()
-        cfg.merge_from_file(str(run.folder / STUDENT_FOLDER / "config.yaml"))
+        folder = run.folder / STUDENT_FOLDER
+        check_bases(str(folder / "config.yaml"), what="the student's config")
+        cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=False)
         model = build_model(cfg)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        DetectionCheckpointer(model).load(str(folder / "model_final.pth"))
     else:
         cfg = run.config
         if not torch.cuda.is_available():
