@@ -6,10 +6,14 @@ Checked against Detectron2 0.6 at upstream's commit a59f0563 (2024-04-17, the wh
 
 from __future__ import annotations
 
+import gc
+
+import torch.distributed as dist
 from detectron2.engine import TrainerBase
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from torch import Tensor
 
 
@@ -28,3 +32,18 @@ def decode_proposals(rpn: RPN, anchors: list[Boxes], deltas: list[Tensor]) -> li
 def last_evaluation(trainer: TrainerBase) -> dict | None:
     """What ``DefaultTrainer``'s last evaluation found; ``DefaultTrainer._last_eval_results``, a59f0563."""
     return getattr(trainer, "_last_eval_results", None)
+
+
+def leave_process_group() -> None:
+    """End this process's part in a run of several, after the others have come as far.
+
+    Detectron2 leaves its process groups to the interpreter's exit, and ``detectron2.utils.comm`` keeps
+    references to them (``_LOCAL_PROCESS_GROUP``, the cache of ``_get_global_gloo_group``, a59f0563). Their
+    C++ threads must end before: up to Python 3.13 a thread that asks for the interpreter's lock during the
+    exit is killed, which aborts the process ("terminate called without an active exception").
+    """
+    comm.synchronize()
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # a DistributedDataParallel in a reference cycle holds its group too

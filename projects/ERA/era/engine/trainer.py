@@ -17,6 +17,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
@@ -30,6 +31,9 @@ from era.registry import is_distiller
 logger = logging.getLogger(__name__)
 
 STUDENT_FOLDER = "student"  # below OUTPUT_DIR: the plain student at the end of training
+# float16 skips a step whose scaled gradients overflow and halves the scale, from 65536. Below this (fairseq's
+# bound; thirty steps in a row) no scale helps.
+MIN_LOSS_SCALE = 1e-4
 
 
 class StepTrainer(SimpleTrainer):
@@ -59,7 +63,11 @@ class StepTrainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp_dtype == torch.float16)
 
     def run_step(self) -> None:
-        """One optimiser step: forward and backward of every batch in it, then the update."""
+        """One optimiser step: forward and backward of every batch in it, then the update.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite; the weights are as before the step.
+        """
         assert self.model.training, "the model was changed to eval mode"
         self.optimizer.zero_grad()
         data_time, total = 0.0, {}
@@ -79,8 +87,23 @@ class StepTrainer(SimpleTrainer):
                 total[name] = total.get(name, 0.0) + loss.detach()
         self.after_backward()
         self._write_metrics(total, data_time)
+        self._check_gradients()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _check_gradients(self) -> None:
+        # DDP has averaged the gradients: every process sees the same and stops alike.
+        if self.grad_scaler.is_enabled():  # it looks at the gradients itself, and skips the step
+            scale = self.grad_scaler.get_scale()
+            if scale < MIN_LOSS_SCALE:
+                raise FloatingPointError(
+                    f"gradients in float16 were not finite at any loss scale down to {scale:.1e} "
+                    f"at iteration {self.iter}"
+                )
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not torch.isfinite(get_total_norm(gradients)):  # all that the host waits for
+            raise FloatingPointError(f"a gradient became infinite or NaN at iteration {self.iter}")
 
     def _no_sync(self):
         is_ddp = isinstance(self.model, DistributedDataParallel)
