@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
+from era import compat
 from era.data.toy import ToySpec, generate
 from era.engine.launch import argument_parser, launch_processes, train_net
 from era.engine.preflight import check_data, setup_config
@@ -398,19 +400,29 @@ def test_float16_skips_single_overflows_and_stops_at_the_smallest_scale():
 
 def _one_spoilt_rank(folder):
     rank = comm.get_rank()
+    outcome = _two_spoilt_steps(rank)
+    compat.leave_process_group()
+    tasks = Path("/proc/self/task")  # on Linux
+    threads = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_dir() else []
+    torch.save((*outcome, threads), os.path.join(folder, f"{rank}.pth"))
+
+
+def _two_spoilt_steps(rank):
     model = torch.nn.parallel.DistributedDataParallel(Spoilt({1} if rank == 1 else set()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = StepTrainer(model, Once(*[torch.ones(4)] * 2), optimizer, device_type="cpu")
     try:
         run_steps(trainer, 2)
     except FloatingPointError as e:
-        torch.save((str(e), model.module.weight.tolist()), os.path.join(folder, f"{rank}.pth"))
+        return str(e), model.module.weight.tolist()
 
 
 def test_a_spoilt_gradient_in_one_process_stops_all(tmp_path):
+    """And no thread of the process group is left to abort a process at its exit."""
     launch(_one_spoilt_rank, 2, dist_url="auto", args=(str(tmp_path),))
     for rank in range(2):
-        sentence, weight = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        sentence, weight, threads = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
+        assert not [name for name in threads if "gloo" in name]
         assert "gradient became infinite or NaN at iteration 1" in sentence
         assert weight == pytest.approx([0.9] * 4)
 
