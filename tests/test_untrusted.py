@@ -296,7 +296,8 @@ class Crafted:
 
 rebuild = np.zeros(1).__reduce__()[0]
 scalar = np.float32(0).__reduce__()[0]
-OBJECT_STATE = (3, "|", None, None, None, -1, -1, 63)
+# The last number would tell numpy that objects come as a list; without it, bytes are taken for pointers.
+OBJECT_STATE = (3, "|", None, None, None, -1, -1, 0)
 NUMBER_STATE = (3, "<", None, None, None, -1, -1, 0)
 
 
