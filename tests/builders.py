@@ -58,6 +58,28 @@ def tiny_model(config: str = "era", *opts, seed: int = 0, teacher_opts=()):
     return build_model(tiny_cfg(config, *opts, teacher_opts=teacher_opts))
 
 
+def cli(tiny_data, output, *opts, config="era"):
+    """Arguments of train_net.py for a tiny run."""
+    random_teacher = [
+        "MODEL.TEACHER.WEIGHTS", "", "MODEL.TEACHER.ALLOW_RANDOM", "True",
+        "MODEL.TEACHER.OPTS", str(TINY_TEACHER),
+    ]  # fmt: skip
+    return [
+        "--config-file", str(REPO / "configs" / "toy" / f"{config}.yaml"),
+        *TINY, *tiny_data, *random_teacher, "OUTPUT_DIR", str(output), *opts,
+    ]  # fmt: skip
+
+
+class Once:
+    """A loader that gives these batches, in order."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def batch(objects=(2, 1), *, size=(64, 64), seed: int = 0, num_classes: int = 8) -> list[dict]:
     """Inputs as Detectron2's mapper makes them: random pixels, ``objects[i]`` boxes in image i."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,58 +3,20 @@
 import json
 import os
 import re
-import socket
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from builders import REPO, TINY, TINY_TEACHER, batch, run_tool, tiny_cfg, tiny_model
+from builders import Once, batch, cli, run_tool, tiny_cfg, tiny_model
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import launch
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import EventStorage
 
-from era import compat
-from era.data.toy import ToySpec, generate
-from era.engine.launch import argument_parser, launch_processes, train_net
+from era.engine.launch import argument_parser, train_net
 from era.engine.preflight import check_data, setup_config
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.trainer import StepTrainer, Trainer
 from era.errors import UserError
-
-SPEC = ToySpec(train_images=12, val_images=4, image_size=64)
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """A dozen toy images as COCO-format data of one's own: the overrides that name them."""
-    root = tmp_path_factory.mktemp("data") / "toy"
-    generate(root, SPEC)
-    folder = next(p for p in (root, root / "era_toy") if (p / "annotations").is_dir())
-    triples = [
-        [f"tiny_{s}", str(folder / "annotations" / f"{s}.json"), str(folder / s)]
-        for s in ("train", "val")
-    ]
-    return [
-        "DATASETS.COCO_FORMAT", str(triples),
-        "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)",
-        "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
-    ]  # fmt: skip
-
-
-def cli(tiny_data, output, *opts, config="era"):
-    """Arguments of train_net.py for a tiny run."""
-    random_teacher = [
-        "MODEL.TEACHER.WEIGHTS", "", "MODEL.TEACHER.ALLOW_RANDOM", "True",
-        "MODEL.TEACHER.OPTS", str(TINY_TEACHER),
-    ]  # fmt: skip
-    return [
-        "--config-file", str(REPO / "configs" / "toy" / f"{config}.yaml"),
-        *TINY, *tiny_data, *random_teacher, "OUTPUT_DIR", str(output), *opts,
-    ]  # fmt: skip
 
 
 def trainer_of(args, seed=1):
@@ -151,16 +113,6 @@ def test_inheritance_happens_at_the_start_and_not_on_resume(tiny_data, tmp_path)
     assert distance(second.bare_model) == pytest.approx(after)
 
 
-class Once:
-    """A loader that gives these batches, in order."""
-
-    def __init__(self, *batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 # Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch
 # are the mean of its images' losses.
 ALL_SAMPLED = [
@@ -243,188 +195,6 @@ def test_mixed_precision_on_the_cpu_is_close_to_float32():
 )
 def test_type_of_mixed_precision(opts, expected):
     assert amp_dtype(tiny_cfg("plain", *opts)) == expected
-
-
-@contextmanager
-def in_use(port):
-    """A port of this machine that somebody else listens at; 0 = any."""
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", port))
-        other.listen()
-        yield other.getsockname()[1]
-
-
-def test_two_processes_through_the_command_line(tiny_data, tmp_path):
-    """Also while the port of Detectron2's default --dist-url is in use, as by another run."""
-    default_port = int(argument_parser().get_default("dist_url").rpartition(":")[2])
-    with in_use(default_port):
-        done = run_tool(
-            "train_net.py", "--num-gpus", "2",
-            *cli(tiny_data, tmp_path / "run", "SOLVER.MAX_ITER", "2", "SOLVER.AMP.ENABLED", "True",
-                 "SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4",
-                 "MODEL.ERA.NORM", "GN"),
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "World size: 2" in done.stdout
-    assert (tmp_path / "run" / "student" / "model_final.pth").exists()
-
-
-def test_a_port_that_is_taken_in_between(monkeypatch):
-    """One that was named is an error in one sentence; one that was found is replaced by another."""
-    args = argument_parser().parse_args(["--num-gpus", "2"])
-    with in_use(0) as taken:
-        args.dist_url = f"tcp://127.0.0.1:{taken}"
-        with pytest.raises(UserError, match=rf"{args.dist_url} \(the port is in use\).*name") as e:
-            launch_processes(print, args)
-    assert "\n" not in str(e.value)
-
-    failure, urls = e.value.__cause__, []  # what really happens, once more
-
-    def taken_once(*_, dist_url, **__):
-        urls.append(dist_url)
-        if len(urls) == 1:
-            raise failure
-
-    monkeypatch.setattr("era.engine.launch.launch", taken_once)
-    args.dist_url = "auto"
-    launch_processes(print, args)
-    assert urls == ["auto", "auto"]  # each time Detectron2 looks for another free port
-
-
-def test_several_machines_need_an_address():
-    args = argument_parser().parse_args(["--num-machines", "2", "--dist-url", "auto"])
-    with pytest.raises(UserError, match=r"--dist-url is auto.*tcp://HOST:PORT"):
-        launch_processes(print, args)
-
-
-class SpoiltGradient(torch.autograd.Function):
-    """The identity, whose gradient is NaN."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * float("nan")
-
-
-@META_ARCH_REGISTRY.register()
-class SpoiltRCNN(GeneralizedRCNN):
-    """From iteration 3 on its loss, or the gradient of its finite loss, is NaN."""
-
-    spoil = "gradient"
-
-    def forward(self, batched_inputs):
-        losses = super().forward(batched_inputs)
-        if self.training and get_event_storage().iter >= 3:
-            loss = losses["loss_cls"]
-            losses["loss_cls"] = (
-                SpoiltGradient.apply(loss) if self.spoil == "gradient" else loss * float("nan")
-            )
-        return losses
-
-
-@pytest.mark.parametrize("spoil", ["gradient", "loss"])
-def test_divergence_stops_the_run_and_leaves_whole_checkpoints(
-    spoil, tiny_data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(SpoiltRCNN, "spoil", spoil)
-    args = cli(tiny_data, tmp_path, "MODEL.META_ARCHITECTURE", "SpoiltRCNN", "DATASETS.TEST", "()",
-               "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2", config="plain")  # fmt: skip
-    with pytest.raises(SystemExit) as e:
-        train_net(args)
-    assert e.value.code == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(told) == 1 and "training diverged" in told[0] and "--resume" in told[0]
-    log = (tmp_path / "log.txt").read_text()
-    assert "NaN at iteration" in log and "Traceback" not in log
-    assert [p.name for p in tmp_path.glob("**/*.pth")] == ["model_0000001.pth"]
-    saved = torch.load(tmp_path / "model_0000001.pth", weights_only=True)["model"]
-    assert all(torch.isfinite(v).all() for v in saved.values())
-
-
-class Spoilt(torch.nn.Module):
-    """One weight whose gradient is NaN in the given calls."""
-
-    def __init__(self, calls):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(4))
-        self.calls, self.count = calls, 0
-
-    def forward(self, data):
-        loss = (self.weight * data).sum()
-        self.count += 1
-        return {"loss": SpoiltGradient.apply(loss) if self.count - 1 in self.calls else loss}
-
-
-def spoilt_trainer(calls, steps, amp=None, clip=None):
-    model = Spoilt(calls)
-    optimizer = torch.optim.SGD
-    if clip:
-        cfg = tiny_cfg("plain", "SOLVER.CLIP_GRADIENTS.ENABLED", "True",
-                       "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip)  # fmt: skip
-        optimizer = maybe_add_gradient_clipping(cfg, optimizer)
-    optimizer = optimizer(model.parameters(), lr=0.1)
-    return StepTrainer(
-        model, Once(*[torch.ones(4)] * steps), optimizer, amp_dtype=amp, device_type="cpu"
-    )
-
-
-def run_steps(trainer, steps):
-    with EventStorage(0) as storage:
-        for trainer.iter in range(steps):
-            storage.iter = trainer.iter
-            trainer.run_step()
-
-
-@pytest.mark.parametrize("clip", [None, "value", "norm"])
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(clip, amp):
-    trainer = spoilt_trainer({2}, 3, amp, clip)
-    with pytest.raises(FloatingPointError, match="gradient became infinite or NaN at iteration 2"):
-        run_steps(trainer, 3)
-    assert trainer.model.weight.tolist() == pytest.approx([0.8] * 4)  # two steps of 0.1
-
-
-def test_float16_skips_single_overflows_and_stops_at_the_smallest_scale():
-    trainer = spoilt_trainer({1, 2}, 5, torch.float16)
-    run_steps(trainer, 5)
-    assert trainer.model.weight.tolist() == pytest.approx([0.7] * 4)  # three of five steps
-    trainer = spoilt_trainer(set(range(100)), 100, torch.float16)
-    with pytest.raises(FloatingPointError, match="not finite at any loss scale"):
-        run_steps(trainer, 100)
-    assert trainer.iter == 30 and trainer.model.weight.tolist() == [1.0] * 4
-
-
-def _one_spoilt_rank(folder):
-    rank = comm.get_rank()
-    outcome = _two_spoilt_steps(rank)
-    compat.leave_process_group()
-    tasks = Path("/proc/self/task")  # on Linux
-    threads = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.is_dir() else []
-    torch.save((*outcome, threads), os.path.join(folder, f"{rank}.pth"))
-
-
-def _two_spoilt_steps(rank):
-    model = torch.nn.parallel.DistributedDataParallel(Spoilt({1} if rank == 1 else set()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = StepTrainer(model, Once(*[torch.ones(4)] * 2), optimizer, device_type="cpu")
-    try:
-        run_steps(trainer, 2)
-    except FloatingPointError as e:
-        return str(e), model.module.weight.tolist()
-
-
-def test_a_spoilt_gradient_in_one_process_stops_all(tmp_path):
-    """And no thread of the process group is left to abort a process at its exit."""
-    launch(_one_spoilt_rank, 2, dist_url="auto", args=(str(tmp_path),))
-    for rank in range(2):
-        sentence, weight, threads = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
-        assert not [name for name in threads if "gloo" in name]
-        assert "gradient became infinite or NaN at iteration 1" in sentence
-        assert weight == pytest.approx([0.9] * 4)
 
 
 def test_resuming_without_a_usable_marker(tiny_data, tmp_path):
