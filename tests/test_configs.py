@@ -47,6 +47,8 @@ def test_there_are_configs():
         ("era_r101_r50_init", "plain_r50_init"),
         ("toy/era", "toy/plain"),
         ("toy/era_init", "toy/plain_init"),
+        ("mask_era_r101_r50", "mask_plain_r50"),
+        ("toy/mask_era", "toy/mask_plain"),
     ],
 )
 def test_baseline_and_distilled_student_differ_in_distillation_alone(distilled, baseline):
