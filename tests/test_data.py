@@ -1,5 +1,6 @@
 """The generated toy dataset, and the checks on COCO-format data of one's own."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -18,12 +19,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from builders import TOY
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from era.data import coco, toy
+from era.config import load_config
+from era.data import datasets as coco
+from era.data import toy
+from era.data.toy.polygons import mask_polygons
+from era.data.validation import check_annotation_file
 from era.errors import UserError
 
 SPEC = toy.ToySpec(train_images=4, val_images=2)
@@ -115,6 +123,70 @@ def test_boxes_fit_what_the_picture_shows(tmp_path):
         rows, columns = np.nonzero(distance > 60)
         seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         assert np.abs(seen - [x, y, x + w, y + h]).max() <= 1
+
+
+def rasterise(polygons, height, width):
+    """The mask that COCO's tools make of polygons, (height, width) bool."""
+    rles = coco_masks.frPyObjects(polygons, height, width)
+    return coco_masks.decode(coco_masks.merge(rles)).astype(bool)
+
+
+def test_polygons_are_the_visible_pixels():
+    pieces = []
+    for index in range(60):
+        _, owner, objects = toy.render(toy.ToySpec(), "train", index)
+        for i in range(len(objects)):
+            polygons = mask_polygons(owner == i)
+            np.testing.assert_array_equal(rasterise(polygons, *owner.shape), owner == i)
+            assert all(len(p) >= 8 and len(p) % 2 == 0 for p in polygons)
+            pieces.append(len(polygons))
+    assert len(pieces) > 80 and max(pieces) > 1  # rings, and objects that others cut in two
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+def test_polygons_of_any_mask_are_exact(share):
+    """Random pixels: single ones, corners that touch, holes within holes, the image's edges."""
+    mask = np.random.default_rng(0).random((23, 31)) < share
+    polygons = mask_polygons(mask)
+    np.testing.assert_array_equal(rasterise(polygons, 23, 31), mask)
+    assert mask_polygons(np.zeros((4, 5), bool)) == []
+    assert mask_polygons(np.ones((4, 5), bool)) == [[0, 0, 0, 4, 5, 4, 5, 0]]
+
+
+def test_pictures_and_boxes_are_those_of_the_first_version():
+    """Results on the toy data stay comparable: written down before there were polygons."""
+    expected = [  # mean red, green and blue; class, box and area of each object
+        ([97.99, 44.74, 49.66], [(1, [73, 82, 52, 46], 723), (0, [84, 63, 44, 54], 1914),
+                                 (0, [2, 35, 50, 49], 1923)]),
+        ([124.42, 175.78, 118.17], [(5, [27, 48, 64, 66], 2940), (4, [38, 0, 27, 23], 380),
+                                    (5, [4, 20, 22, 20], 301)]),
+    ]  # fmt: skip
+    for index, (colour, objects) in enumerate(expected):
+        image, _, found = toy.render(toy.ToySpec(), "train", index)
+        assert image.mean((0, 1)) == pytest.approx(
+            colour, abs=0.02
+        )  # sines differ between processors
+        assert [(o["category"], o["bbox"], o["area"]) for o in found] == objects
+
+
+def test_ground_truth_as_detections_is_ap_100(tmp_path):
+    folder = toy.generate(tmp_path, dataclasses.replace(SPEC, val_images=12))
+    truth = COCO(str(folder / "annotations" / "val.json"))
+    found = [{**a, "segmentation": truth.annToRLE(a), "score": 1.0} for a in truth.anns.values()]
+    for kind in ("bbox", "segm"):
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(found)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_only_a_model_with_masks_is_given_polygons(tmp_path):
+    toy.register(tmp_path, SPEC)
+    records = [r for r in DatasetCatalog.get("era_toy_train") if r["annotations"]]
+    for config, has_masks in (("mask_plain", True), ("plain", False)):
+        mapper = DatasetMapper(load_config(str(TOY / f"{config}.yaml")), is_train=True)
+        assert mapper(records[0])["instances"].has("gt_masks") == has_masks
 
 
 def test_classes_are_balanced_and_some_images_are_empty():
@@ -237,7 +309,13 @@ def test_what_cannot_be_written_is_told(tmp_path):
 
 
 def make_cfg(train=(), test=(), coco_format=()):
-    return CfgNode({"DATASETS": {"TRAIN": train, "TEST": test, "COCO_FORMAT": list(coco_format)}})
+    return CfgNode(
+        {
+            "DATASETS": {"TRAIN": train, "TEST": test, "COCO_FORMAT": list(coco_format)},
+            "MODEL": {"MASK_ON": False},
+            "INPUT": {"MASK_FORMAT": "polygon"},
+        }
+    )
 
 
 @pytest.fixture
@@ -384,7 +462,7 @@ def test_bad_annotation_files(tmp_path, good, change, training, words):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(good))
     with pytest.raises(UserError, match=words) as caught:
-        coco.check_annotation_file("my_set", str(path), str(tmp_path / "images"), training)
+        check_annotation_file("my_set", str(path), str(tmp_path / "images"), training)
     assert str(path) in str(caught.value) and "'my_set'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -403,12 +481,12 @@ def test_files_that_are_no_coco_json(tmp_path, content, words):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        coco.check_annotation_file("my_set", str(path), str(tmp_path), True)
+        check_annotation_file("my_set", str(path), str(tmp_path), True)
 
 
 def test_absent_image_folder(tmp_path, good):
     with pytest.raises(UserError, match=r"image folder .*elsewhere does not exist"):
-        coco.check_annotation_file(
+        check_annotation_file(
             "my_set", str(tmp_path / "good.json"), str(tmp_path / "elsewhere"), False
         )
 
@@ -420,7 +498,7 @@ def test_what_only_deserves_a_warning(tmp_path, good, caplog):
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(good))
     with caplog.at_level(logging.WARNING):
-        coco.check_annotation_file("my_set", str(path), str(tmp_path / "images"), False)
+        check_annotation_file("my_set", str(path), str(tmp_path / "images"), False)
     assert "1 of 2 image files looked up do not exist" in caplog.text
     assert "id 0" in caplog.text
 
@@ -455,9 +533,41 @@ def test_sets_that_do_not_fit_together(tmp_path, good, monkeypatch):
             coco.check_datasets(make_cfg(train, test), for_training=True)
 
 
+def test_a_model_with_masks_needs_masks(tmp_path, good):
+    path = tmp_path / "good.json"
+    cfg = make_cfg(["masked"], ["masked"], [["masked", str(path), str(tmp_path / "images")]])
+    polygon = [[1, 2.5, 11, 2.5, 11, 10.5, 1, 10.5]]
+    lengths = {"size": [20, 30], "counts": [0, 600]}
+    cases = [  # masks of both annotations, INPUT.MASK_FORMAT, words of the sentence (none: no mistake)
+        ([polygon, polygon], "polygon", ""),
+        ([lengths, polygon], "bitmask", ""),
+        (
+            [polygon, None],
+            "polygon",
+            r"annotations\[1\] has the segmentation missing.*MASK_ON False",
+        ),
+        ([[], polygon], "bitmask", r"annotations\[0\] has the segmentation \[\].*MODEL.MASK_ON"),
+        (
+            [polygon, lengths],
+            "polygon",
+            r"annotations\[1\].*run lengths.*INPUT.MASK_FORMAT bitmask",
+        ),
+    ]
+    cfg.MODEL.MASK_ON = True
+    for masks, cfg.INPUT.MASK_FORMAT, words in cases:
+        for annotation, mask in zip(good["annotations"], masks, strict=True):
+            annotation["segmentation"] = mask
+        path.write_text(json.dumps(good))
+        coco.register_from_config(cfg)
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            coco.check_datasets(cfg, for_training=True)
+    cfg.MODEL.MASK_ON = False
+    coco.check_datasets(cfg, for_training=True)
+
+
 def test_number_of_classes():
     with pytest.raises(UserError, match=r"teacher's MODEL.ROI_HEADS.NUM_CLASSES is 80.* 2 .*to 2"):
-        coco.check_num_classes(["cat", "dog"], 80, "teacher")
+        coco.check_num_classes(["cat", "dog"], 80, "teacher's MODEL.ROI_HEADS.NUM_CLASSES")
 
 
 def test_toy_sets_are_made_before_they_are_checked(tmp_path):

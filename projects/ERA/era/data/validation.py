@@ -1,0 +1,249 @@
+"""Checks of a COCO-format annotation file and its images, before Detectron2 reads them."""
+
+import gc
+import itertools
+import json
+import logging
+import math
+import os
+
+import numpy as np
+
+from era.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+KEY = "DATASETS.COCO_FORMAT"
+_SAMPLE = 200  # image files looked up per dataset; a stat of each of COCO's 118,000 takes long
+
+
+def check_annotation_file(
+    name: str,
+    json_file: str,
+    image_root: str,
+    needs_objects: bool,
+    mask_format: str | None = None,
+) -> list[str]:
+    """Check a COCO-format file and return its class names in Detectron2's order, by category id.
+
+    Raises UserError when the file or folder is absent, when the content is not COCO detection
+    data, or when no image is usable: its file must exist and, with ``needs_objects`` (training),
+    it must have a non-crowd box of positive width and height. Without ``needs_objects``
+    (evaluation), annotations need ``area`` and ``iscrowd``, as pycocotools does. For a model with
+    masks ``mask_format`` is INPUT.MASK_FORMAT, and annotations need a ``segmentation``.
+
+    The file is parsed once. Image files are looked up until one usable image is found, and for
+    at most 200 others, spread evenly; a warning counts the absent ones among these.
+    """
+    at = f"dataset {name!r}: {json_file}"
+    data = _read(name, json_file)
+    image_ids, class_names, category_ids = _check_lists(at, data, json_file)
+    usable = _check_annotations(at, data, image_ids, category_ids, needs_objects)
+    if mask_format is not None:
+        _check_masks(at, data.get("annotations", []), needs_objects and mask_format == "polygon")
+    _check_image_files(at, data["images"], image_root, usable if needs_objects else None)
+    return class_names
+
+
+def _read(name: str, json_file: str) -> dict:
+    at = f"dataset {name!r}: annotation file {json_file}"
+    if not os.path.isfile(json_file):
+        raise UserError(f"{at} does not exist: correct its path in {KEY}")
+    collecting = gc.isenabled()
+    gc.disable()  # it would go over millions of new objects in vain: a third of the time
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            data = json.load(file)
+    except OSError as error:
+        raise UserError(f"{at} cannot be read ({error}): correct its permissions") from error
+    except (ValueError, RecursionError) as error:  # ValueError: of the syntax or the encoding
+        raise UserError(
+            f"{at} is not JSON ({error}): give a COCO-format annotation file"
+        ) from error
+    finally:
+        if collecting:
+            gc.enable()
+    # COCO's own test sets come as image_info_*.json, which have no annotations.
+    lists = ["images", "categories"]
+    if not os.path.basename(json_file).startswith("image_info"):
+        lists.insert(1, "annotations")
+    absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
+    if absent:
+        raise UserError(
+            f"{at} is not in COCO format, for it has no list {' and no list '.join(absent)}: "
+            "expected a JSON object with the lists images, annotations and categories"
+        )
+    return data
+
+
+def _check_lists(at: str, data: dict, json_file: str) -> tuple[set, list[str], set]:
+    """Check images and categories, and all ids; return image ids, class names, category ids."""
+    seen: dict[str, set] = {}
+    for part in ("images", "annotations", "categories"):
+        entries = data.get(part, [])
+        if not entries and part != "annotations":
+            raise UserError(f"{at} has an empty list {part}: expected at least one entry")
+        ids = [e.get("id") if isinstance(e, dict) else None for e in entries]
+        if not set(map(type, ids)) <= {int}:
+            i = next(i for i, value in enumerate(ids) if type(value) is not int)
+            raise UserError(
+                f"{at}: {part}[{i}] has the id {show(ids[i])}: expected an object with an "
+                "integer id of its own"
+            )
+        seen[part] = set(ids)
+        # COCO 2014's own minival files repeat annotation ids; Detectron2 lets them pass.
+        lenient = part == "annotations" and "minival" in json_file
+        if len(seen[part]) != len(ids) and not lenient:
+            known: set = set()
+            twice = next(v for v in ids if v in known or known.add(v))
+            raise UserError(f"{at}: the id {twice} occurs twice in {part}: number each entry once")
+    for i, category in enumerate(data["categories"]):
+        if not isinstance(category.get("name"), str) or not category["name"]:
+            raise UserError(
+                f"{at}: categories[{i}] has the name {show(category.get('name'))}: expected a "
+                "non-empty string"
+            )
+    for i, image in enumerate(data["images"]):
+        path = image.get("file_name")
+        if not isinstance(path, str) or not path:
+            raise UserError(f"{at}: images[{i}] has no file_name: give its path in the folder")
+        # A cheap test first: nearly every name passes it.
+        if path[0] in "/\\" or ".." in path or ":" in path[:2]:
+            plain = os.path.normpath(path.replace("\\", "/"))
+            if plain.startswith("/") or plain.split("/")[0] == ".." or ":" in path[:2]:
+                raise UserError(
+                    f"{at}: images[{i}] has the file_name {path!r}, which leads out of the image "
+                    "folder: write paths relative to that folder, without '..'"
+                )
+        for side in ("height", "width"):
+            value = image.get(side)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(
+                    f"{at}: images[{i}] has the {side} {show(value)}: expected a number of pixels"
+                )
+    ordered = sorted(data["categories"], key=lambda category: category["id"])
+    return seen["images"], [c["name"] for c in ordered], seen["categories"]
+
+
+def _check_annotations(
+    at: str, data: dict, image_ids: set, category_ids: set, needs_objects: bool
+) -> set:
+    """Check every annotation; return the ids of images with a non-crowd box of positive size."""
+    entries = data.get("annotations", [])
+    # Whole columns at once: one Python step per annotation and test would take long on COCO.
+    for key, known, part in (
+        ("image_id", image_ids, "images"),
+        ("category_id", category_ids, "categories"),
+    ):
+        column = [entry.get(key) for entry in entries]
+        if not (set(map(type, column)) <= {int} and known.issuperset(column)):
+            wrong = (i for i, v in enumerate(column) if type(v) is not int or v not in known)
+            i = next(wrong)
+            raise UserError(
+                f"{at}: annotations[{i}] has the {key} {show(column[i])}, which is no id in "
+                f"{part}: correct it, or remove the annotation"
+            )
+    boxes = [entry.get("bbox") for entry in entries]
+    values = None
+    if (
+        set(map(type, boxes)) <= {list}
+        and set(map(len, boxes)) <= {4}
+        and set(map(type, itertools.chain.from_iterable(boxes))) <= {int, float}
+    ):
+        values = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    if values is None or not np.isfinite(values).all():
+        i = next(i for i, box in enumerate(boxes) if not _is_box(box))
+        raise UserError(
+            f"{at}: annotations[{i}] has the bbox {show(boxes[i])}: expected four finite numbers, "
+            "[x, y, width, height] in pixels"
+        )
+    ignored = next((i for i, entry in enumerate(entries) if entry.get("ignore")), None)
+    if ignored is not None:
+        raise UserError(
+            f"{at}: annotations[{ignored}] has the key 'ignore', which Detectron2 does not "
+            "support: set iscrowd to 1 instead, or remove the annotation"
+        )
+    if not needs_objects:
+        i = next((i for i, entry in enumerate(entries) if not _is_scored(entry)), None)
+        if i is not None:
+            raise UserError(
+                f"{at}: annotations[{i}] has the area {show(entries[i].get('area'))} and the "
+                f"iscrowd {show(entries[i].get('iscrowd'))}: to evaluate, give each annotation "
+                "its area in square pixels and iscrowd 0 or 1"
+            )
+    if not needs_objects and any(entry.get("id") == 0 for entry in entries):
+        logger.warning(
+            "%s has an annotation with the id 0, which pycocotools counts as not found even when "
+            "it is: number annotations from 1 for a right AP",
+            at,
+        )
+    good = np.array([not entry.get("iscrowd", 0) for entry in entries], dtype=bool)
+    good &= (values[:, 2] > 0) & (values[:, 3] > 0)
+    return {entries[i]["image_id"] for i in np.flatnonzero(good)}
+
+
+def _check_masks(at: str, entries: list[dict], polygons_alone: bool) -> None:
+    """Every annotation has a mask; with ``polygons_alone`` those of single objects are polygons."""
+    for i, entry in enumerate(entries):
+        mask = entry.get("segmentation")
+        if not mask or not isinstance(mask, (list, dict)):
+            raise UserError(
+                f"{at}: annotations[{i}] has the segmentation {show(mask)}: MODEL.MASK_ON True needs "
+                "polygons or run lengths for each annotation; add them, or set MODEL.MASK_ON False"
+            )
+        if polygons_alone and isinstance(mask, dict) and not entry.get("iscrowd"):
+            raise UserError(
+                f"{at}: annotations[{i}] has its segmentation in run lengths, which INPUT.MASK_FORMAT "
+                "polygon cannot be trained on: set INPUT.MASK_FORMAT bitmask"
+            )
+
+
+def _check_image_files(at: str, images: list[dict], image_root: str, usable: set | None) -> None:
+    """Look for one image file that serves (any, if ``usable`` is None), and sample the others."""
+    if not os.path.isdir(image_root):
+        raise UserError(
+            f"{at}: its image folder {image_root} does not exist: correct its path in {KEY}"
+        )
+
+    def exists(image: dict) -> bool:
+        return os.path.isfile(os.path.join(image_root, image["file_name"]))
+
+    if usable is not None and not usable:
+        raise UserError(
+            f"{at} has no object to train on: expected at least one annotation with iscrowd 0 and "
+            "a bbox of positive width and height"
+        )
+    if not any(exists(image) for image in images if usable is None or image["id"] in usable):
+        kind = "image" if usable is None else "image with an object"
+        raise UserError(
+            f"{at}: not one {kind} exists in the image folder {image_root} (for example "
+            f"{images[0]['file_name']} of {len(images)}): correct the folder in {KEY}"
+        )
+    sample = images[:: math.ceil(len(images) / _SAMPLE)]
+    absent = [image["file_name"] for image in sample if not exists(image)]
+    if absent:
+        logger.warning(
+            "%s: %d of %d image files looked up do not exist in %s (such as %s); reading one "
+            "will stop the run",
+            *(at, len(absent), len(sample), image_root, absent[0]),
+        )
+
+
+def _is_box(box) -> bool:
+    return (
+        type(box) is list
+        and len(box) == 4
+        and all(type(v) in (int, float) and math.isfinite(v) for v in box)
+    )
+
+
+def _is_scored(entry: dict) -> bool:
+    """Whether an annotation has what pycocotools reads without a default."""
+    area = entry.get("area")
+    return type(area) in (int, float) and math.isfinite(area) and entry.get("iscrowd") in (0, 1)
+
+
+def show(value) -> str:
+    """A value of a user's file for a message, cut to 80 characters."""
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
