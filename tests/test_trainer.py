@@ -6,12 +6,14 @@ import re
 
 import pytest
 import torch
-from builders import Once, batch, cli, run_tool, tiny_cfg, tiny_model
+from builders import TINY_TEACHER, Once, batch, cli, run_tool, tiny_cfg, tiny_model
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import launch
+from detectron2.engine import DefaultPredictor, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
+from era.engine.evaluation import evaluate
 from era.engine.launch import argument_parser, train_net
 from era.engine.preflight import check_data, setup_config
 from era.engine.schedule import amp_dtype, scale_to_world
@@ -58,6 +60,40 @@ def test_train_evaluate_and_leave_a_student(tiny_data, tmp_path):
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]  # alpha 0 needs no teacher
     assert "copypaste: AP,AP50" in evaluated.stdout
+
+
+def test_masks_come_through_training_evaluation_and_the_student(tiny_data, tmp_path):
+    """A Mask R-CNN distilled through the command line; its student is one of stock Detectron2."""
+    run = tmp_path / "run"
+    opts = ["SOLVER.MAX_ITER", "20", "TEST.EVAL_TEACHER", "True", "SEED", "5"]
+    opts += ["MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    teacher = [*TINY_TEACHER, "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    done = run_tool(
+        "train_net.py",
+        *cli(tiny_data, run, *opts, "MODEL.TEACHER.OPTS", str(teacher), config="mask_era"),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = metrics(run)
+    assert {"loss_mask", "loss_era_feature"} < last.keys()
+    for name in ("bbox/AP", "segm/AP", "teacher/bbox/AP", "teacher/segm/AP"):
+        assert 0 <= last[name] <= 100, name
+
+    cfg = get_cfg()
+    cfg.merge_from_file(str(run / "student" / "config.yaml"))
+    cfg.MODEL.WEIGHTS = str(run / "student" / "model_final.pth")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    found = DefaultPredictor(cfg)(torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8).numpy())
+    masks = found["instances"].pred_masks
+    assert len(masks) > 0 and masks.dtype == torch.bool and masks.shape[1:] == (48, 64)
+
+
+@pytest.mark.parametrize("config, kinds", [("plain", {"bbox"}), ("mask_plain", {"bbox", "segm"})])
+def test_no_detection_at_all_is_ap_0(tiny_data, tmp_path, config, kinds):
+    args = cli(tiny_data, tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0", config=config)
+    trainer = trainer_of(args)
+    results = evaluate(trainer.cfg, trainer.bare_model.eval())
+    assert results.keys() == kinds
+    assert all(r["AP"] == r["AP50"] == 0.0 for r in results.values())
 
 
 def test_resume_continues_iteration_learning_rate_and_weights(tiny_data, tmp_path):

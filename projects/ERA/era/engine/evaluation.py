@@ -17,8 +17,18 @@ from era.modeling.distiller import Distiller
 logger = logging.getLogger(__name__)
 
 
-class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator that calls no detection at all AP 0 instead of nan, because that is what it is."""
+class DetectionEvaluator(COCOEvaluator):
+    """COCOEvaluator of boxes, and of masks where the model predicts them.
+
+    No detection at all is AP 0 in all of these, because that is what it is; stock reports nan for boxes then,
+    and nothing for masks.
+    """
+
+    def process(self, inputs, outputs):
+        """Take the detections of some images; see ``COCOEvaluator``."""
+        if any(output["instances"].has("pred_masks") for output in outputs):
+            self._tasks = ("bbox", "segm")
+        super().process(inputs, outputs)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
@@ -34,15 +44,15 @@ def evaluate(cfg: CfgNode, model: nn.Module, *, output_dir: str | None = None) -
         output_dir: where detections go; default ``OUTPUT_DIR/inference``.
 
     Returns:
-        ``{"bbox": {"AP": ..., ...}}`` for one dataset, else that by dataset name. AP in points of 100.
-        Empty on processes other than the main one.
+        ``{"bbox": {"AP": ..., ...}}`` for one dataset, with ``segm`` beside it if the model predicts masks;
+        for several, that by dataset name. AP in points of 100. Empty on processes other than the main one.
     """
     results = OrderedDict()
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
     for name in cfg.DATASETS.TEST:
         loader = build_detection_test_loader(cfg, name)
         results[name] = inference_on_dataset(
-            model, loader, BoxEvaluator(name, output_dir=output_dir)
+            model, loader, DetectionEvaluator(name, output_dir=output_dir)
         )
         if comm.is_main_process():
             logger.info("Evaluation results for %s in csv format:", name)

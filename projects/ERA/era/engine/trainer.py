@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
 from era.config import INHERIT_FPN, INHERIT_NOTHING
-from era.engine.evaluation import BoxEvaluator, evaluate, evaluate_teacher
+from era.engine.evaluation import DetectionEvaluator, evaluate, evaluate_teacher
 from era.engine.preflight import teacher_record
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
@@ -194,7 +194,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         """COCO evaluation into ``OUTPUT_DIR/inference``."""
-        return BoxEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return DetectionEvaluator(
+            dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
+        )
 
     def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once."""
