@@ -10,7 +10,8 @@ import numpy as np
 
 from era_runtime.errors import DeploymentError
 
-Output = tuple[np.ndarray, np.ndarray, np.ndarray]
+Output = tuple[np.ndarray, ...]
+NAMES = ("boxes", "scores", "classes", "masks")  # the last one of models that predict masks
 
 
 def require(module: str, *, package: str, what: str) -> ModuleType:
@@ -42,11 +43,12 @@ class OnnxBackend:
         self.session = ort.InferenceSession(
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
+        given = {output.name for output in self.session.get_outputs()}
+        self.names = [name for name in NAMES if name in given]
 
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
         """See :class:`era_runtime.predictor.Backend`."""
-        names = ["boxes", "scores", "classes"]
-        return [tuple(self.session.run(names, {"image": image})) for image in images]
+        return [tuple(self.session.run(self.names, {"image": image})) for image in images]
 
 
 class OpenVinoBackend:
@@ -61,13 +63,15 @@ class OpenVinoBackend:
         if num_threads is not None:
             config["INFERENCE_NUM_THREADS"] = num_threads
         self.model = ov.Core().compile_model(str(folder / "model.xml"), "CPU", config)
+        given = {name for output in self.model.outputs for name in output.names}
+        self.names = [name for name in NAMES if name in given]
 
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
         """See :class:`era_runtime.predictor.Backend`."""
         outputs = []
         for image in images:
             result = self.model([image])
-            outputs.append(tuple(result[name].copy() for name in ("boxes", "scores", "classes")))
+            outputs.append(tuple(result[name].copy() for name in self.names))
         return outputs
 
 

@@ -1,4 +1,4 @@
-"""Boxes, names and scores drawn into a picture; needs OpenCV."""
+"""Boxes, masks, names and scores drawn into a picture; needs OpenCV."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def draw(image: np.ndarray, detections: Detections) -> np.ndarray:
     thick, scale = max(round(1.5 * unit), 1), 0.45 * unit
     for i in range(len(detections) - 1, -1, -1):
         colour = COLOURS[int(detections.classes[i]) % len(COLOURS)]
+        if detections.masks is not None:
+            inside = detections.masks[i]
+            image[inside] = 0.5 * image[inside] + 0.5 * np.array(colour)
         x0, y0, x1, y1 = (round(float(v)) for v in detections.boxes[i])
         cv2.rectangle(image, (x0, y0), (x1, y1), colour, thick)
         text = f"{detections.class_names[i]} {detections.scores[i]:.2f}"

@@ -16,7 +16,7 @@ from era_runtime.errors import DeploymentError
 from era_runtime.inputs import image_files, is_video
 from era_runtime.predictor import Detections, Predictor, load
 from era_runtime.preprocess import read_image
-from era_runtime.results import coco_results, write_json
+from era_runtime.results import coco_results, require_mask_tools, write_json
 
 EXIT_UNREADABLE = 1
 EXIT_USER_ERROR = 2
@@ -77,6 +77,8 @@ def predict(args: argparse.Namespace) -> int:
     if not args.no_pictures or any(map(is_video, files)):
         require("cv2", package="opencv-python-headless", what="a picture or a video")
     predictor = load(args.model, batch_size=args.batch_size, num_threads=args.threads)
+    if "masks" in predictor.manifest.get("outputs", {}):
+        require_mask_tools()
     try:
         os.makedirs(args.output, exist_ok=True)
     except OSError as e:
@@ -192,13 +194,7 @@ class _Job:
     def _record(
         self, file: str, image: np.ndarray, found: Detections, frame_index: int | None = None
     ) -> Detections:
-        keep = np.flatnonzero(found.scores >= self.score)
-        found = Detections(
-            found.boxes[keep],
-            found.scores[keep],
-            found.classes[keep],
-            tuple(found.class_names[k] for k in keep),
-        )
+        found = found.select(found.scores >= self.score)
         entry = {
             "id": len(self.images) + 1,
             "file_name": file,

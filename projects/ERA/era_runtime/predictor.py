@@ -12,6 +12,7 @@ import numpy as np
 from era_runtime.backends import BACKENDS
 from era_runtime.errors import DeploymentError
 from era_runtime.manifest import read_classes, read_manifest
+from era_runtime.masks import paste_masks
 from era_runtime.preprocess import InputRules, preprocess, scale_back
 
 
@@ -24,8 +25,9 @@ class Backend(Protocol):
 
     max_batch: int | None
 
-    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Images (3, h, w) float32 to boxes (n, 4) in their pixels, scores (n,), classes (n,) each."""
+    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+        """Images (3, h, w) float32 to boxes (n, 4) in their pixels, scores (n,) and classes (n,) each; a model
+        with masks adds their probabilities (n, M, M) on M x M cells of each box."""
         ...
 
 
@@ -38,15 +40,30 @@ class Detections:
         scores: (n,) float32, 0 to 1.
         classes: (n,) int64, indices into the predictor's ``class_names``.
         class_names: n names.
+        masks: (n, H, W) bool, the pixels of each object in the image that was given; None if the model
+            predicts none.
+        mask_probabilities: (n, M, M) float32, what the masks come from: M x M cells of each box; or None.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
     class_names: tuple[str, ...]
+    masks: np.ndarray | None = None
+    mask_probabilities: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def select(self, keep: np.ndarray) -> Detections:
+        """Some of the detections: indices, or (n,) bool."""
+        return Detections(
+            self.boxes[keep],
+            self.scores[keep],
+            self.classes[keep],
+            tuple(np.array(self.class_names, dtype=object)[keep]),
+            *(m if m is None else m[keep] for m in (self.masks, self.mask_probabilities)),
+        )
 
 
 class Predictor:
@@ -107,15 +124,18 @@ class Predictor:
         inputs = [preprocess(image, self.rules) for image in images]
         results = []
         for image, given, output in zip(images, inputs, self.backend(inputs), strict=True):
-            boxes, scores, classes = output
+            boxes, scores, classes, *masks = output
             boxes, keep = scale_back(boxes, given.shape[1:], image.shape[:2])
-            classes = np.asarray(classes, dtype=np.int64)[keep]
+            boxes, classes = boxes[keep], np.asarray(classes, dtype=np.int64)[keep]
+            cells = np.asarray(masks[0], dtype=np.float32)[keep] if masks else None
             results.append(
                 Detections(
-                    boxes=boxes[keep],
+                    boxes=boxes,
                     scores=np.asarray(scores, dtype=np.float32)[keep],
                     classes=classes,
                     class_names=tuple(self.class_names[c] for c in classes),
+                    masks=paste_masks(cells, boxes, *image.shape[:2]) if masks else None,
+                    mask_probabilities=cells,
                 )
             )
         return results

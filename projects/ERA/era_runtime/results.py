@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from types import ModuleType
 
+import numpy as np
+
+from era_runtime.backends import require
 from era_runtime.predictor import Detections
 
 
 def coco_results(detections: Detections, image_id: int, categories: list[dict]) -> list[dict]:
-    """COCO's result entries: ``image_id, category_id, bbox [x, y, width, height], score``."""
-    return [
+    """COCO's result entries: ``image_id, category_id, bbox [x, y, width, height], score``.
+
+    Where there are masks, ``segmentation`` holds them in COCO's compressed run-length form.
+
+    Raises:
+        DeploymentError: there are masks, and pycocotools is not installed.
+    """
+    results = [
         {
             "image_id": image_id,
             "category_id": categories[int(c)]["id"],
@@ -21,6 +31,21 @@ def coco_results(detections: Detections, image_id: int, categories: list[dict]) 
             detections.boxes, detections.scores, detections.classes, strict=True
         )
     ]
+    if detections.masks is not None:
+        coco = require_mask_tools()
+        for result, mask in zip(results, detections.masks, strict=True):
+            rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return results
+
+
+def require_mask_tools() -> ModuleType:
+    """``pycocotools.mask``.
+
+    Raises:
+        DeploymentError: pycocotools is not installed.
+    """
+    return require("pycocotools.mask", package="pycocotools", what="a result with masks")
 
 
 def write_json(data, path: str) -> None:
