@@ -1,4 +1,4 @@
-"""A small distilled run with lively random weights, and its exports, made once a test session."""
+"""Small runs with lively random weights, and their exports, made once a test session."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZE = 96
 SMALL = ["INPUT.MIN_SIZE_TEST", SIZE, "INPUT.MAX_SIZE_TEST", 128, "MODEL.DEVICE", "cpu"]
 SMALL += ["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 40]
+SMALL_MASKS = [*SMALL, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16]
 _folder = tempfile.TemporaryDirectory(prefix="era-deploy-")  # removed when the process ends
 FOLDER = Path(_folder.name)
 
@@ -40,6 +41,8 @@ def enliven(model, seed: int) -> None:
         head.cls_score.weight.normal_(0, 1.0, generator=draw)
         head.bbox_pred.weight.normal_(0, 0.02, generator=draw)
         model.proposal_generator.rpn_head.objectness_logits.weight.normal_(0, 0.5, generator=draw)
+        if model.roi_heads.mask_on:
+            model.roi_heads.mask_head.predictor.weight.normal_(0, 0.5, generator=draw)
 
 
 @functools.cache
@@ -68,10 +71,34 @@ def run() -> Path:
 
 
 @functools.cache
+def mask_run(*opts) -> Path:
+    """OUTPUT_DIR of a plain Mask R-CNN."""
+    torch.manual_seed(0)
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    cfg = load_config(str(ROOT / "configs/toy/mask_plain.yaml"), [*SMALL_MASKS, *opts])
+    model = build_model(cfg)
+    enliven(model, 2)
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+@functools.cache
 def source(alpha: int) -> Source:
-    """The run's student with a score threshold above what it finds on an even grey image."""
+    """The distilled run's student, see :func:`quiet_source`."""
+    return quiet_source(run(), alpha)
+
+
+@functools.cache
+def mask_source() -> Source:
+    """The Mask R-CNN, see :func:`quiet_source`."""
+    return quiet_source(mask_run())
+
+
+def quiet_source(folder: Path, alpha: int = 0) -> Source:
+    """A run's student with a score threshold above what it finds on an even grey image."""
     first = load_source(
-        run=str(run()), alpha=alpha, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05]
+        run=str(folder), alpha=alpha, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05]
     ).predictor()
     on_nothing = first(parity.blank_images(first.rules)[1]).scores.max(initial=0.05)
     threshold = float(on_nothing) + 0.01
@@ -79,7 +106,7 @@ def source(alpha: int) -> Source:
         (first(image).scores > threshold).sum() > 3 for image in parity.sample_images(first.rules)
     ), "the test's own model must detect something"
     opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold]
-    return load_source(run=str(run()), alpha=alpha, opts=opts)
+    return load_source(run=str(folder), alpha=alpha, opts=opts)
 
 
 def exported(name: str, alpha: int = 0) -> tuple[Path, parity.Report]:
@@ -91,3 +118,10 @@ def exported(name: str, alpha: int = 0) -> tuple[Path, parity.Report]:
 def _exported(name: str, alpha: int) -> tuple[Path, parity.Report]:
     folder = FOLDER / f"{name}-{alpha}"
     return folder, export(source(alpha), name, str(folder))
+
+
+@functools.cache
+def mask_exported(name: str) -> tuple[Path, parity.Report]:
+    """The same of the Mask R-CNN."""
+    folder = FOLDER / f"{name}-masks"
+    return folder, export(mask_source(), name, str(folder))

@@ -60,7 +60,7 @@ def plain_only(folder) -> list[str]:
             "do not fit the model of the config: the file (lacks|has)",
         ),
         (deeper, "has .*res4.1.conv1.weight, which the model has not"),
-        (plain_only, "lacks the MBRNet of a distilled run"),
+        (plain_only, "lacks the modules of ERA, which the run was distilled with"),
         (
             lambda _: ["--run", str(run()), "--classes", str(run() / "config.yaml")],
             "class names were found and MODEL.ROI_HEADS.NUM_CLASSES is 8",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -15,12 +16,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from era.addresses import is_remote
 from era.config import find_config_file, load_config
 from era.data import toy
+from era.data.coco_ap import METRICS, coco_metrics
 from era.data.datasets import register_from_config
 from era.deploy.export import add_source_arguments
 from era.deploy.parity import sample_images
@@ -30,8 +30,8 @@ from era_runtime import DeploymentError, Predictor, load, read_image
 from era_runtime.manifest import sha256_file
 from era_runtime.results import coco_results
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 EAGER = "eager"
+KINDS = {"bbox": "boxes", "segm": "masks"}  # COCO's name and the reader's
 
 EPILOG = """
 examples:
@@ -120,16 +120,16 @@ def eager_predictor(args: argparse.Namespace, manifest: dict) -> Predictor | Non
             )
             return None
     # What the export was made with counts, whatever the run's config says now.
-    opts += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", manifest["score_threshold"]]
     opts += ["INPUT.MIN_SIZE_TEST", manifest["input"]["min_size"]]
     opts += ["INPUT.MAX_SIZE_TEST", manifest["input"]["max_size"]]
-    return load_source(
+    source = load_source(
         **given,
         opts=opts,
         recorded_opts=recorded_opts,
         alpha=manifest["alpha"],
         classes_file=args.classes,
-    ).predictor()
+    )
+    return source.with_score_threshold(manifest["score_threshold"]).predictor()
 
 
 def _is_unchanged(config_file: str, weights: str, sha256: str | None) -> bool:
@@ -178,59 +178,67 @@ def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:
 
 def coco_ap(
     predictor: Predictor, annotations: str, image_root: str, *, limit: int = 0
-) -> dict[str, float]:
-    """COCO box metrics, in points of 100, of a predictor on a dataset.
+) -> dict[str, dict[str, float]]:
+    """COCO metrics, in points of 100, of a predictor on a dataset.
 
     Args:
         limit: only the first images by id; 0 = all.
+
+    Returns:
+        As :func:`era.data.coco_ap.coco_metrics`, under "bbox" and, if predictor and annotations have masks,
+        "segm"; nan for the sizes that the images have no object of.
 
     Raises:
         UserError: the annotations have none of the predictor's classes.
         DeploymentError: an image cannot be read.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations)
-    ids = sorted(truth.getImgIds())[: limit or None]
+    with open(annotations, encoding="utf-8") as f:
+        truth = json.load(f)
+    images = sorted(truth["images"], key=lambda image: image["id"])[: limit or None]
     wanted = {c["id"]: c["name"] for c in predictor.categories}
-    known = {c["id"]: c["name"] for c in truth.dataset.get("categories", [])}
+    known = {c["id"]: c["name"] for c in truth.get("categories", [])}
     if wanted != known:
         different = sorted(set(wanted.items()) ^ set(known.items()))[0]
         raise UserError(
             f"the classes of {annotations} are not the model's (category {different[0]}, {different[1]!r}, "
             "is in one of both only): evaluate on data with the same classes and category ids."
         )
-    results = []
-    for i in ids:
-        path = os.path.join(image_root, truth.loadImgs(i)[0]["file_name"])
-        results += coco_results(predictor(read_image(path)), i, predictor.categories)
-    if not results:
-        return dict.fromkeys(METRICS, 0.0)  # pycocotools refuses an empty list
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.imgIds = ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    # pycocotools says -1 where there is no object of that size
+    has_masks = all("segmentation" in a for a in truth["annotations"])
+    results, kinds = [], {"bbox"}
+    for image in images:
+        found = predictor(read_image(os.path.join(image_root, image["file_name"])))
+        results += coco_results(found, image["id"], predictor.categories)
+        if found.masks is not None and has_masks:
+            kinds.add("segm")
+    ids = [image["id"] for image in images]
+    none = dict.fromkeys(METRICS, math.nan)
     return {
-        name: float(100 * v) if v >= 0 else float("nan")
-        for name, v in zip(METRICS, evaluation.stats[: len(METRICS)], strict=True)
+        kind: none | coco_metrics(annotations, results, iou_type=kind, image_ids=ids)
+        for kind in sorted(kinds)
     }
 
 
-def print_ap(scores: Mapping[str, Mapping[str, float]]) -> None:
-    """A table of metrics, and the difference to eager in AP."""
-    width = max(map(len, scores))
-    print(" ".join([f"{'':{width}}", *(f"{m:>6}" for m in METRICS), "AP - eager"]))
-    for name, row in scores.items():
-        cells = [f"{name:{width}}", *(f"{row[m]:6.2f}" for m in METRICS)]
-        if EAGER in scores and name != EAGER:
-            cells.append(f"{row['AP'] - scores[EAGER]['AP']:+10.2f}")
-        print(" ".join(cells))
+def print_ap(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """A table of metrics for boxes and one for masks, and the difference to eager in AP.
+
+    Args:
+        scores: :func:`coco_ap` of each predictor by its name.
+    """
+    width = max(map(len, (*scores, *KINDS.values())))
+    for kind, title in KINDS.items():
+        rows = {name: row[kind] for name, row in scores.items() if kind in row}
+        if not rows:
+            continue
+        print(" ".join([f"{title:{width}}", *(f"{m:>6}" for m in METRICS), "AP - eager"]))
+        for name, row in rows.items():
+            cells = [f"{name:{width}}", *(f"{row[m]:6.2f}" for m in METRICS)]
+            if EAGER in rows and name != EAGER:
+                cells.append(f"{row['AP'] - rows[EAGER]['AP']:+10.2f}")
+            print(" ".join(cells))
 
 
-def has_dropped(scores: Mapping[str, Mapping[str, float]], most: float) -> bool:
-    """Whether a folder's AP is below eager's by more than ``most``.
+def has_dropped(scores: Mapping[str, Mapping[str, Mapping[str, float]]], most: float) -> bool:
+    """Whether a folder's AP of boxes or of masks is below eager's by more than ``most``.
 
     Raises:
         UserError: there is no eager to compare with.
@@ -239,7 +247,12 @@ def has_dropped(scores: Mapping[str, Mapping[str, float]], most: float) -> bool:
         raise UserError(
             "--max-drop needs eager: name it with --run or --config-file and --weights."
         )
-    return any(scores[EAGER]["AP"] - row["AP"] > most for row in scores.values())
+    return any(
+        of_eager["AP"] - row[kind]["AP"] > most
+        for row in scores.values()
+        for kind, of_eager in scores[EAGER].items()
+        if kind in row
+    )
 
 
 def latency(predictors: Mapping[str, Predictor], *, repeats: int) -> dict[str, list[float]]:

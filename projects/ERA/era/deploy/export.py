@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-import era
 from era.deploy import parity
-from era.deploy.formats import FORMATS, OPSET, RUNTIMES, check_format, write_model
-from era.deploy.model import refuse_masks, thresholds
+from era.deploy.formats import FORMATS, OPSET, RUNTIMES, check_format, outputs_of, write_model
+from era.deploy.model import refuse_keypoints
 from era.deploy.source import ALPHAS, Source, load_source
+from era.environment import versions
 from era.errors import UserError
+from era.modeling.detectors import detector_of
 from era_runtime import DeploymentError, Predictor, load, read_image
 from era_runtime.inputs import image_files
 from era_runtime.manifest import CLASSES, FORMAT_VERSION, MANIFEST, PARITY, sha256_file
@@ -29,6 +28,12 @@ from era_runtime.preprocess import preprocess
 logger = logging.getLogger(__name__)
 
 MAX_CALIBRATION = 200  # images; more change the ranges little and take long
+OUTPUTS = {
+    "boxes": "(n, 4) float32, x0, y0, x1, y1 in pixels of the input",
+    "scores": "(n,) float32",
+    "classes": f"(n,) int64, index into {CLASSES}",
+    "masks": "(n, M, M) float32, probabilities on M x M cells of each box",
+}
 
 EPILOG = """
 examples:
@@ -73,6 +78,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--box-tolerance", type=float, default=parity.Tolerance.box, metavar="PIXELS"
     )
     parser.add_argument("--score-tolerance", type=float, default=parity.Tolerance.score)
+    parser.add_argument("--mask-tolerance", type=float, default=parity.Tolerance.mask)
     add_source_arguments(parser)
     return parser
 
@@ -102,14 +108,12 @@ def export_main(argv: Sequence[str] | None = None) -> None:
         parity_images=read_images(args.parity_images, "--parity-images", len(parity.ASPECTS)),
         tolerance=parity.INT8
         if args.int8
-        else parity.Tolerance(args.box_tolerance, args.score_tolerance),
+        else parity.Tolerance(args.box_tolerance, args.score_tolerance, args.mask_tolerance),
     )
-    worst_box = max(case.box_difference for case in report.cases)
-    worst_score = max(case.score_difference for case in report.cases)
     verdict = "int8, to be judged by AP (tools/evaluate.py); close" if args.int8 else "equal"
     print(
-        f"{args.output}: {args.format}, alpha {args.alpha}; {verdict} to eager on {len(report.cases)} "
-        f"images within {worst_box:.2g} pixels and {worst_score:.2g} in score"
+        f"{args.output}: {args.format}, alpha {args.alpha}; {verdict} to eager on "
+        f"{report.summary()}"
     )
 
 
@@ -173,7 +177,7 @@ def export(
     """
     check_request(name, output, source.alpha, bool(calibration), ["given"] if calibration else [])
     if name != "detectron2":
-        refuse_masks(source.model, f"format {name}")
+        refuse_keypoints(detector_of(source.model), name)
     tolerance = tolerance or (parity.INT8 if calibration else parity.Tolerance())
     final = Path(output).absolute()
     made = _missing_parents(final)
@@ -212,7 +216,7 @@ def _write_and_compare(
     parity_images: Sequence[np.ndarray],
     tolerance: parity.Tolerance,
 ) -> parity.Report:
-    settings = thresholds(source.model)
+    settings = detector_of(source.model).thresholds
     images = parity.sample_images(source.rules, parity_images)
     example = preprocess(images[-1], source.rules)
     ranges = [preprocess(image, source.rules) for image in calibration]
@@ -247,7 +251,7 @@ def _write_and_compare(
 
 def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
     """Write ``manifest.json`` over all other files of the folder; docs/deployment.md explains it."""
-    settings = thresholds(source.model)
+    detector = detector_of(source.model)
     order = source.rules.channel_order
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -265,12 +269,8 @@ def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
             "mean": source.model.pixel_mean.flatten().tolist(),
             "std": source.model.pixel_std.flatten().tolist(),
         },
-        "outputs": {
-            "boxes": "(n, 4) float32, x0, y0, x1, y1 in pixels of the input",
-            "scores": "(n,) float32",
-            "classes": f"(n,) int64, index into {CLASSES}",
-        },
-        **settings,
+        "outputs": {output: OUTPUTS[output] for output in outputs_of(source.model)},
+        **detector.thresholds,
         "num_classes": len(source.categories),
         "max_batch": None if name == "detectron2" else 1,
         **({"opset": OPSET} if name in ("onnx", "openvino") else {}),
@@ -285,7 +285,7 @@ def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
             if source.alpha == 1
             else None,
         },
-        "versions": versions(name),
+        "versions": versions(*RUNTIMES[name]),
         "files": {
             path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             for path in sorted(folder.iterdir())
@@ -293,17 +293,6 @@ def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-
-
-def versions(name: str) -> dict[str, str]:
-    """Versions of what made the folder."""
-    found = {"python": sys.version.split()[0], "era": era.__version__}
-    for package in ("torch", "torchvision", "detectron2", *RUNTIMES[name]):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = getattr(sys.modules.get(package), "__version__", "unknown")
-    return found
 
 
 def _missing_parents(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Writing a model in each format. The graph formats take one image ``image`` (3, height, width) float32
-and return ``boxes`` (n, 4), ``scores`` (n,) and ``classes`` (n,), boxes in pixels of that image."""
+and return ``boxes`` (n, 4), ``scores`` (n,), ``classes`` (n,) and of a model that predicts masks ``masks``
+(n, M, M); boxes are in pixels of that image, masks are probabilities on M x M cells of each box."""
 
 from __future__ import annotations
 
@@ -13,17 +14,16 @@ import numpy as np
 import torch
 import torchvision
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
-from torch import Tensor
+from torch import Tensor, nn
 
-from era.deploy.model import save_folder
+from era.deploy.model import raw_outputs, save_folder
 from era.deploy.source import Source
 from era.errors import UserError
-from era_runtime.backends import require
+from era.modeling.detectors import detector_of
+from era_runtime.backends import NAMES, require
 
 # With Detectron2's own constant, 11, ROIAlign has no half-pixel offset: the result is silently wrong.
 OPSET = 17
-OUTPUTS = ["boxes", "scores", "classes"]
 # Packages beside torch and detectron2 that a format needs.
 RUNTIMES = {
     "detectron2": (),
@@ -76,7 +76,8 @@ def write_model(
         traced.save(str(folder / "model.ts"))
     elif name == "onnx" and calibration:
         write_onnx(source.model, image, folder / "float.onnx")
-        quantize(folder / "float.onnx", folder / "model.onnx", calibration)
+        prefix = backbone_prefix(source)
+        quantize(folder / "float.onnx", folder / "model.onnx", calibration, prefix)
         (folder / "float.onnx").unlink()
     elif name == "onnx":
         write_onnx(source.model, image, folder / "model.onnx")
@@ -90,21 +91,26 @@ def write_model(
         (folder / "float.onnx").unlink()
 
 
-def trace_adapter(model: GeneralizedRCNN, image: Tensor) -> TracingAdapter:
-    """A module from one image tensor to ``OUTPUTS``, in eval mode."""
+def outputs_of(model: nn.Module) -> list[str]:
+    """Names of a graph's outputs: masks only if the model predicts them."""
+    return list(NAMES if detector_of(model).mask_on else NAMES[:-1])
 
-    def infer(model: GeneralizedRCNN, inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-        found = model.inference(inputs, do_postprocess=False)[0]
-        return found.pred_boxes.tensor, found.scores, found.pred_classes
+
+def trace_adapter(model: nn.Module, image: Tensor) -> TracingAdapter:
+    """A module from one image tensor to the tensors of :func:`outputs_of`, in eval mode."""
+
+    def infer(model: nn.Module, inputs: list[dict]) -> tuple[Tensor, ...]:
+        return raw_outputs(detector_of(model).detect(inputs, do_postprocess=False)[0])
 
     # .eval(): the adapter is a fresh module in training mode, and torch's exporter would put the whole
     # of it, the frozen model included, through a switch of modes.
     return TracingAdapter(model, [{"image": image}], infer).eval()
 
 
-def write_onnx(model: GeneralizedRCNN, image: Tensor, path: Path) -> None:
+def write_onnx(model: nn.Module, image: Tensor, path: Path) -> None:
     """ONNX with dynamic height and width, by torch's legacy exporter; the other fails on stock code."""
-    axes = {"image": {1: "height", 2: "width"}} | {name: {0: "detections"} for name in OUTPUTS}
+    outputs = outputs_of(model)
+    axes = {"image": {1: "height", 2: "width"}} | {name: {0: "detections"} for name in outputs}
     with torch.no_grad(), quiet(), branch_free_nms():
         torch.onnx.export(
             trace_adapter(model, image),
@@ -113,7 +119,7 @@ def write_onnx(model: GeneralizedRCNN, image: Tensor, path: Path) -> None:
             opset_version=OPSET,
             dynamo=False,
             input_names=["image"],
-            output_names=OUTPUTS,
+            output_names=outputs,
             dynamic_axes=axes,
         )
 
@@ -141,11 +147,12 @@ def branch_free_nms() -> Iterator[None]:
         torchvision.ops.boxes.batched_nms = original
 
 
-def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> None:
+def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray], prefix: str) -> None:
     """Static int8 (QDQ) of the convolutions of the student's backbone and FPN; all else stays float.
 
     Args:
         calibration: model inputs (3, h, w) float32, to learn the ranges of the activations from.
+        prefix: of the names of the backbone's nodes, see :func:`backbone_prefix`.
     """
     import onnx
     from onnxruntime import quantization
@@ -159,7 +166,7 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> Non
             return None if image is None else {"image": image}
 
     graph = onnx.load(str(path))
-    convs = backbone_convs(graph)
+    convs = [n.name for n in graph.graph.node if n.op_type == "Conv" and n.name.startswith(prefix)]
     if not convs:  # an empty list would mean "all" to onnxruntime, the heads included
         raise UserError(
             "int8 found no convolution in the model's backbone to quantise: export float."
@@ -183,13 +190,14 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray]) -> Non
         )
 
 
-def backbone_convs(graph) -> list[str]:
-    """Names of the Conv nodes under the student's backbone; MBRNet's and the heads' are left out.
+def backbone_prefix(source: Source) -> str:
+    """How the names of the ONNX nodes of the student's own backbone begin, without what a method adds to it.
 
     The legacy exporter names a node by the path of its module: ``/backbone/bottom_up/.../Conv``.
     """
-    names = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-    return [n for n in names if "/backbone/" in n and "/estimator/" not in n]
+    kind = type(source.student.backbone)
+    path = next(name for name, module in source.model.named_modules() if type(module) is kind)
+    return "/" + path.replace(".", "/") + "/"
 
 
 def unshare_initializers(graph) -> None:

@@ -1,5 +1,4 @@
-"""The models that are deployed, both ordinary ``GeneralizedRCNN``: the plain student (alpha 0), and the
-student's backbone with MBRNet under copies of the teacher's heads (alpha 1)."""
+"""The models that are deployed: eager behind the runtime's interface, and the folder format ``detectron2``."""
 
 from __future__ import annotations
 
@@ -8,65 +7,66 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
 from torch import nn
 
 from era.checkpoint.reading import SafeCheckpointer, load_exactly
 from era.config import load_config, student_config
 from era.errors import UserError
+from era.modeling.detectors import Detector, detector_of
+from era.modeling.distiller import Distiller
 from era.modeling.teacher import teacher_config
 
 
-def refuse_masks(model: GeneralizedRCNN, what: str) -> None:
-    """Deployed models give boxes.
+def refuse_keypoints(detector: Detector, name: str) -> None:
+    """Deployed models give boxes and masks.
+
+    Args:
+        name: of the format.
 
     Raises:
-        UserError: the model has a mask or keypoint head.
+        UserError: the model predicts keypoints.
     """
-    if model.roi_heads.mask_on or model.roi_heads.keypoint_on:
+    if detector.keypoint_on:
         raise UserError(
-            f"the student has a mask or keypoint head, and {what} deploys boxes alone: set MODEL.MASK_ON "
-            "and MODEL.KEYPOINT_ON False with weights that have no such heads."
+            f"the student predicts keypoints, and format {name} gives boxes and masks alone: set "
+            "MODEL.KEYPOINT_ON False with weights that have no such head, or export format detectron2."
         )
 
 
-def thresholds(model: GeneralizedRCNN) -> dict[str, float | int]:
-    """Score threshold, NMS threshold (IoU) and most detections an image."""
-    head = model.roi_heads.box_predictor
-    return {
-        "score_threshold": head.test_score_thresh,
-        "nms_threshold": head.test_nms_thresh,
-        "max_detections": head.test_topk_per_image,
-    }
+def raw_outputs(found: Instances) -> tuple[torch.Tensor, ...]:
+    """Boxes (n, 4), scores (n,), classes (n,) and, if the model predicts masks, their probabilities (n, M, M),
+    of one image's detections before postprocessing."""
+    outputs = found.pred_boxes.tensor, found.scores, found.pred_classes
+    return (*outputs, found.pred_masks[:, 0]) if found.has("pred_masks") else outputs
 
 
 class EagerBackend:
     """An eager model behind :class:`era_runtime.Predictor`; takes batches of any size.
 
     Args:
-        model: ``GeneralizedRCNN`` or :class:`~era.modeling.distiller.Distiller`, in eval mode.
+        model: a stock model of a known family, or a :class:`~era.modeling.distiller.Distiller`, in eval
+            mode.
     """
 
     max_batch = None
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        is_distiller = isinstance(model, Distiller)
+        self.detect = model.inference if is_distiller else detector_of(model).detect
 
     @torch.no_grad()
-    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
         """See :class:`era_runtime.predictor.Backend`."""
         inputs = [{"image": torch.from_numpy(image)} for image in images]
         return [
-            (
-                r.pred_boxes.tensor.cpu().numpy(),
-                r.scores.cpu().numpy(),
-                r.pred_classes.cpu().numpy(),
-            )
-            for r in self.model.inference(inputs, do_postprocess=False)
+            tuple(output.cpu().numpy() for output in raw_outputs(found))
+            for found in self.detect(inputs, do_postprocess=False)
         ]
 
 
-def save_folder(model: GeneralizedRCNN, cfg: CfgNode, alpha: int, folder: Path) -> None:
+def save_folder(model: nn.Module, cfg: CfgNode, alpha: int, folder: Path) -> None:
     """Write ``model.pth`` and ``config.yaml``, and for alpha 1 ``teacher.yaml``, the teacher's config.
 
     At alpha 0 both are stock Detectron2 files; nothing of this project is in them.
@@ -85,7 +85,7 @@ def save_folder(model: GeneralizedRCNN, cfg: CfgNode, alpha: int, folder: Path) 
     (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
 
 
-def load_folder(folder: Path, manifest: dict) -> GeneralizedRCNN:
+def load_folder(folder: Path, manifest: dict) -> nn.Module:
     """The model of a deployment folder of format ``detectron2``, on the CPU in eval mode.
 
     Raises:
@@ -101,6 +101,7 @@ def load_folder(folder: Path, manifest: dict) -> GeneralizedRCNN:
         cfg.MODEL.TEACHER.ALLOW_RANDOM = True  # its heads come with model.pth
         model = build_model(cfg).deployable()
     load_exactly(model, str(folder / "model.pth"), what="the folder's")
+    detector_of(model).set_score_threshold(manifest["score_threshold"])
     return model.requires_grad_(False).eval()
 
 

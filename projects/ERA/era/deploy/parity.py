@@ -26,17 +26,21 @@ class Tolerance:
         box: pixels of the original image, any coordinate.
         score: of a matched detection; also how far from the score threshold, or from the last rank that
             is kept, a detection may be that only one of both sides has.
+        mask: of a matched detection's mask probabilities, on any of the cells of its box.
+        mask_iou: the least IoU of a matched detection's masks in the image, of both sides.
         matched: 1.0 = every detection. Below it, int8: the share of the detections with a score of at
-            least 0.5 that must have a partner of its class with IoU of at least 0.5; box and score are
-            then reported and not judged, because quantisation is judged by AP.
+            least 0.5 that must have a partner of its class with IoU of at least 0.5; box, score and mask
+            are then reported and not judged, because quantisation is judged by AP.
     """
 
     box: float = 0.05
     score: float = 0.001
+    mask: float = 0.005
+    mask_iou: float = 0.9
     matched: float = 1.0
 
 
-INT8 = Tolerance(box=math.inf, score=math.inf, matched=0.7)
+INT8 = Tolerance(box=math.inf, score=math.inf, mask=math.inf, mask_iou=0.0, matched=0.7)
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Case:
         eager, exported: numbers of detections.
         box_difference: the largest of matched detections, pixels.
         score_difference: the largest of matched detections.
+        mask_difference: the largest of matched detections' mask probabilities; None without masks.
+        mask_iou: the least of matched detections' masks in the image; None without masks.
         unmatched: detections that only one side has and no tolerance explains.
     """
 
@@ -57,6 +63,8 @@ class Case:
     exported: int
     box_difference: float = 0.0
     score_difference: float = 0.0
+    mask_difference: float | None = None
+    mask_iou: float | None = None
     unmatched: int = 0
 
 
@@ -74,6 +82,16 @@ class Report:
     cases: list[Case] = field(default_factory=list)
     empty_checked: str = ""
     problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """How many images were compared and the largest differences of all, in words."""
+        parts = [
+            f"{max(case.box_difference for case in self.cases):.2g} pixels",
+            f"{max(case.score_difference for case in self.cases):.2g} in score",
+        ]
+        masks = [c.mask_difference for c in self.cases if c.mask_difference is not None]
+        parts += [f"{max(masks):.2g} in mask probability"] if masks else []
+        return f"{len(self.cases)} images within {', '.join(parts)}"
 
     def as_dict(self) -> dict:
         """For JSON; an infinite tolerance becomes null."""
@@ -100,7 +118,13 @@ def compare(
     """
     report = Report(tolerance)
     for image in images:
-        expected, found = eager(image), exported(image)
+        where = f"at {image.shape[1]}x{image.shape[0]} pixels"
+        expected = eager(image)
+        try:
+            found = exported(image)
+        except Exception as e:  # every runtime has its own
+            report.problems.append(f"{where} it fails ({' '.join(str(e).split())[:200]})")
+            continue
         case = compare_one(
             expected,
             found,
@@ -111,20 +135,7 @@ def compare(
         case.image_size = tuple(image.shape[:2])
         case.input_size = resized_shape(*image.shape[:2], eager.rules)
         report.cases.append(case)
-        where = f"at {image.shape[1]}x{image.shape[0]} pixels"
-        if not case.box_difference <= tolerance.box:
-            report.problems.append(
-                f"{where} a box is off by {case.box_difference:.3g} pixels (at most {tolerance.box:g})"
-            )
-        if not case.score_difference <= tolerance.score:
-            report.problems.append(
-                f"{where} a score is off by {case.score_difference:.3g} (at most {tolerance.score:g})"
-            )
-        if case.unmatched:
-            report.problems.append(
-                f"{where} {case.unmatched} detections have no partner (eager {case.eager}, exported "
-                f"{case.exported})"
-            )
+        report.problems += [f"{where} {problem}" for problem in _problems(case, tolerance)]
     if len({case.input_size for case in report.cases}) < MIN_SIZES:
         report.problems.append(f"fewer than {MIN_SIZES} image sizes were compared")
     if all(case.eager == 0 for case in report.cases):
@@ -146,13 +157,7 @@ def compare_one(
         _compare_loosely(case, expected, found, tolerance)
         return case
     partner = match(expected, found)
-    for i, j in partner.items():
-        case.box_difference = max(
-            case.box_difference, float(np.abs(expected.boxes[i] - found.boxes[j]).max())
-        )
-        case.score_difference = max(
-            case.score_difference, abs(float(expected.scores[i]) - float(found.scores[j]))
-        )
+    _measure(case, expected, found, partner)
     # A score that rounds to the other side of the threshold, or a tie at the last rank that is kept.
     edges = [score_threshold]
     edges += [float(d.scores.min()) for d in (expected, found) if 0 < max_detections <= len(d)]
@@ -204,10 +209,53 @@ def _compare_loosely(
     sure = np.flatnonzero(expected.scores >= 0.5)
     lost = sum(int(i) not in partner for i in sure)
     case.unmatched = lost if lost > (1 - tolerance.matched) * len(sure) else 0
-    if partner:
-        i, j = (np.array(list(x)) for x in (partner.keys(), partner.values()))
-        case.box_difference = float(np.abs(expected.boxes[i] - found.boxes[j]).max())
-        case.score_difference = float(np.abs(expected.scores[i] - found.scores[j]).max())
+    _measure(case, expected, found, partner)
+
+
+def _measure(case: Case, expected: Detections, found: Detections, partner: dict[int, int]) -> None:
+    """Set the differences of the matched detections; NaN where one of both sides is."""
+    i, j = np.array(list(partner.items()), dtype=int).reshape(-1, 2).T
+    case.box_difference = _largest(expected.boxes[i] - found.boxes[j])
+    case.score_difference = _largest(expected.scores[i] - found.scores[j])
+    if expected.masks is None:
+        return
+    if found.masks is None:  # such an export has no masks to compare
+        case.mask_difference, case.mask_iou = math.inf, 0.0
+        return
+    case.mask_difference = _largest(expected.mask_probabilities[i] - found.mask_probabilities[j])
+    both = (expected.masks[i] & found.masks[j]).sum((1, 2))
+    either = (expected.masks[i] | found.masks[j]).sum((1, 2))
+    case.mask_iou = float(((both + (either == 0)) / np.maximum(either, 1)).min(initial=1.0))
+
+
+def _largest(differences: np.ndarray) -> float:
+    return float(np.abs(differences).max(initial=0.0))
+
+
+def _problems(case: Case, tolerance: Tolerance) -> list[str]:
+    """What of a case is out of tolerance; written so that NaN is."""
+    problems = []
+    if not case.box_difference <= tolerance.box:
+        problems.append(
+            f"a box is off by {case.box_difference:.3g} pixels (at most {tolerance.box:g})"
+        )
+    if not case.score_difference <= tolerance.score:
+        problems.append(
+            f"a score is off by {case.score_difference:.3g} (at most {tolerance.score:g})"
+        )
+    if case.mask_difference is not None and not case.mask_difference <= tolerance.mask:
+        problems.append(
+            f"a mask is off by {case.mask_difference:.3g} in probability (at most {tolerance.mask:g})"
+        )
+    if case.mask_iou is not None and not case.mask_iou >= tolerance.mask_iou:
+        problems.append(
+            f"a mask has IoU {case.mask_iou:.3g} with eager's (at least {tolerance.mask_iou:g})"
+        )
+    if case.unmatched:
+        problems.append(
+            f"{case.unmatched} detections have no partner (eager {case.eager}, exported {case.exported})"
+        )
+    return problems
 
 
 def sample_images(rules: InputRules, given: Sequence[np.ndarray] = ()) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import build_model
 from torch import nn
 
 from era.addresses import check_nothing_fetched
@@ -20,7 +20,8 @@ from era.data.datasets import register_from_config
 from era.deploy.model import EagerBackend, WholeCheckpointer
 from era.engine.preflight import teacher_record
 from era.errors import UserError
-from era.modeling.detectors import detector_of
+from era.modeling.detectors import detector_of, family_of
+from era.modeling.distiller import Distiller
 from era.registry import set_alpha
 from era_runtime import Predictor
 from era_runtime.preprocess import InputRules
@@ -37,7 +38,7 @@ class Source:
         config_file, weights, opts: where it came from, as the user named it.
         alpha: 0 or 1.
         eager: the reference that an export is compared with: the student, or the distiller at alpha 1.
-        model: what is exported; at alpha 0 the same object as ``eager``.
+        model: what is exported, an ordinary model of a family; at alpha 0 the same object as ``eager``.
         categories: ``[{"id", "name"}, ...]`` in the order of the class indices.
     """
 
@@ -47,7 +48,7 @@ class Source:
     opts: list[str]
     alpha: int
     eager: nn.Module
-    model: GeneralizedRCNN
+    model: nn.Module
     categories: list[dict]
 
     @property
@@ -62,13 +63,18 @@ class Source:
             EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size
         )
 
+    @property
+    def student(self) -> nn.Module:
+        """The plain student within ``eager``."""
+        return self.eager.student if isinstance(self.eager, Distiller) else self.eager
+
     def with_score_threshold(self, threshold: float) -> Source:
-        """A copy whose ``model`` gives only detections with a higher score than ``threshold``."""
-        cfg = self.cfg.clone()
-        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
-        model = copy.deepcopy(self.model)
-        model.roi_heads.box_predictor.test_score_thresh = threshold
-        return replace(self, cfg=cfg, model=model)
+        """A copy that gives only detections with a higher score than ``threshold``."""
+        eager, model = copy.deepcopy((self.eager, self.model))
+        changed = replace(self, eager=eager, model=model)
+        for part in (changed.student, changed.model):
+            detector_of(part).set_score_threshold(threshold)
+        return changed
 
 
 def load_source(
@@ -90,7 +96,8 @@ def load_source(
         opts: overrides of the config, ``[KEY, VALUE, ...]``.
         recorded_opts: overrides before these, out of a manifest; then that manifest, and not the user,
             names the config and the weights. Neither it nor a run's folder causes a download.
-        alpha: 0 = the plain student, no teacher is needed; 1 = the teacher's heads on ``e_N``.
+        alpha: 0 = the plain student, no teacher is needed; 1 = the teacher's heads, as the run's method
+            uses them.
         classes_file: class names, one a line; "" = those of the config's datasets.
 
     Raises:
@@ -118,11 +125,6 @@ def load_source(
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: expected BGR or RGB.")
     if alpha == 1:
-        if cfg.MODEL.META_ARCHITECTURE != "Distiller":
-            raise UserError(
-                f"MODEL.META_ARCHITECTURE of {config_file} is {cfg.MODEL.META_ARCHITECTURE}: alpha 1 "
-                "needs a distilled run; export alpha 0 or name another run."
-            )
         if run or recorded_opts is not None:
             check_nothing_fetched(cfg, typed, source=config_file)
         set_alpha(cfg, 1.0)
@@ -160,8 +162,8 @@ def last_checkpoint(run: str) -> str:
 def load_whole(model: nn.Module, path: str) -> None:
     """Load weights that fill the whole model and hold nothing besides it.
 
-    A distiller needs a distilled checkpoint with its MBRNet, and its own teacher; a plain model takes
-    the student out of one.
+    A distiller needs a distilled checkpoint with the weights of its methods, and its own teacher; a plain
+    model takes the student out of one.
 
     Raises:
         UserError: unreadable, or of another architecture.
@@ -169,8 +171,11 @@ def load_whole(model: nn.Module, path: str) -> None:
     checkpointer = WholeCheckpointer(model, save_to_disk=False, **teacher_record(model))
     checkpointer.load(path)
     problems = misfits(checkpointer.incompatible)
-    if hasattr(model, "student") and not any(k.startswith("methods.") for k in checkpointer.keys):
-        problems.insert(0, "lacks the MBRNet of a distilled run")
+    if isinstance(model, Distiller) and not any(
+        key.startswith("methods.") for key in checkpointer.keys
+    ):
+        names = " and ".join(type(method).__name__ for method in model.methods.values())
+        problems.insert(0, f"lacks the modules of {names}, which the run was distilled with")
     if problems:
         more = f" (and {len(problems) - 1} more keys differ)" if len(problems) > 1 else ""
         raise UserError(
@@ -187,7 +192,9 @@ def class_categories(cfg: CfgNode, classes_file: str) -> list[dict]:
     Raises:
         UserError: not as many names as the model has classes, or no names are known.
     """
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    stock = student_config(cfg)
+    family = family_of(stock)
+    count = family.num_classes_in(stock)
     if classes_file:
         try:
             with open(classes_file, encoding="utf-8") as f:
@@ -210,7 +217,7 @@ def class_categories(cfg: CfgNode, classes_file: str) -> list[dict]:
             )
     if len(found) != count:
         raise UserError(
-            f"{len(found)} class names were found and MODEL.ROI_HEADS.NUM_CLASSES is {count}: give the "
+            f"{len(found)} class names were found and {family.num_classes_key()} is {count}: give the "
             "names that belong to the model with --classes FILE, one name a line."
         )
     return found
