@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from deploy_case import FOLDER, ROOT, exported, run, source
+from deploy_case import FOLDER, ROOT, exported, mask_run, run, source
 
 import era_runtime
 from era.checkpoint.reading import strip_student
@@ -26,7 +26,7 @@ def deeper(folder) -> list[str]:
 
 
 def plain_only(folder) -> list[str]:
-    """Arguments: alpha 1 from a checkpoint without MBRNet."""
+    """Arguments: alpha 1 from a checkpoint without what the method trained."""
     weights = strip_student(torch.load(run() / "model_final.pth")["model"])
     torch.save({"model": weights}, folder / "plain.pth")
     arguments = [
@@ -60,6 +60,7 @@ def plain_only(folder) -> list[str]:
             "do not fit the model of the config: the file (lacks|has)",
         ),
         (deeper, "has .*res4.1.conv1.weight, which the model has not"),
+        (lambda _: ["--run", str(mask_run()), "--alpha", "1"], "alpha 1 needs a run of a method"),
         (plain_only, "lacks the modules of ERA, which the run was distilled with"),
         (
             lambda _: ["--run", str(run()), "--classes", str(run() / "config.yaml")],

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from deploy_case import ROOT, exported, needs, source
+from deploy_case import ROOT, exported, mask_exported, mask_source, needs, source
 from detectron2.data import transforms
 from detectron2.data.detection_utils import read_image as detectron2_read_image
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -115,9 +115,11 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize("name", [needs("onnx"), needs("openvino")])
-def test_predicts_without_torch_and_detectron2_as_eager_does(name, tmp_path):
-    folder, _ = exported(name)
-    images = parity.sample_images(source(0).rules)[:3]
+@pytest.mark.parametrize("masks", [False, True])
+def test_predicts_without_torch_and_detectron2_as_eager_does(name, masks, tmp_path):
+    folder, _ = mask_exported(name) if masks else exported(name)
+    eager = (mask_source() if masks else source(0)).predictor()
+    images = parity.sample_images(eager.rules)[:3]
     for i, image in enumerate(images):
         cv2.imwrite(str(tmp_path / f"{i}.png"), image)
     done = subprocess.run(
@@ -130,9 +132,10 @@ def test_predicts_without_torch_and_detectron2_as_eager_does(name, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     for i, image in enumerate(images):
-        expected = source(0).predictor()(image)
+        expected = eager(image)
         mine = [r for r in results if r["image_id"] == i + 1]
         assert len(mine) == len(expected)
+        assert all(("segmentation" in r) == masks for r in mine)
         np.testing.assert_allclose(
             sorted(r["score"] for r in mine), sorted(expected.scores), atol=1e-4
         )

@@ -11,7 +11,7 @@ import numpy as np
 from era_runtime.errors import DeploymentError
 
 Output = tuple[np.ndarray, ...]
-NAMES = ("boxes", "scores", "classes", "masks")  # the last one of models that predict masks
+OUTPUT_NAMES = ("boxes", "scores", "classes", "masks")  # the last one of models that predict masks
 
 
 def require(module: str, *, package: str, what: str) -> ModuleType:
@@ -44,7 +44,7 @@ class OnnxBackend:
             str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         given = {output.name for output in self.session.get_outputs()}
-        self.names = [name for name in NAMES if name in given]
+        self.names = [name for name in OUTPUT_NAMES if name in given]
 
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
         """See :class:`era_runtime.predictor.Backend`."""
@@ -64,7 +64,7 @@ class OpenVinoBackend:
             config["INFERENCE_NUM_THREADS"] = num_threads
         self.model = ov.Core().compile_model(str(folder / "model.xml"), "CPU", config)
         given = {name for output in self.model.outputs for name in output.names}
-        self.names = [name for name in NAMES if name in given]
+        self.names = [name for name in OUTPUT_NAMES if name in given]
 
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
         """See :class:`era_runtime.predictor.Backend`."""

@@ -38,7 +38,7 @@ examples:
   %(prog)s deployed                                  AP on the test set of the config, beside eager
   %(prog)s onnx openvino --latency 50                several folders, and their latency
   %(prog)s deployed --annotations a.json --images d  AP on a dataset of your own
-  %(prog)s deployed --run output/toy/era             eager from this run, wherever the folder came from
+  %(prog)s deployed --run output/run             eager from this run, wherever the folder came from
 
 Without --run or --config-file, eager is the checkpoint that the first folder's manifest names, if it is
 still there and still the same.

@@ -37,12 +37,12 @@ OUTPUTS = {
 
 EPILOG = """
 examples:
-  the plain student:     %(prog)s --run output/toy/era --format onnx --output deployed
-  the teacher's heads:   %(prog)s --run output/toy/era --format openvino --alpha 1 --output deployed
+  the plain student:     %(prog)s --run output/run --format onnx --output deployed
+  the teacher's heads:   %(prog)s --run output/run --format openvino --alpha 1 --output deployed
   any student:           %(prog)s --config-file c.yaml --weights w.pth --format torchscript --output d
   int8:                  %(prog)s --run ... --format onnx --int8 --calibrate photos/ --output deployed
 
---opts overrides the config, such as --opts MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5.
+--opts overrides the config, such as --opts INPUT.MIN_SIZE_TEST 640.
 Then: tools/evaluate.py (AP beside eager), tools/predict.py (images, folders, videos).
 """
 

@@ -20,7 +20,7 @@ from era.deploy.model import raw_outputs, save_folder
 from era.deploy.source import Source
 from era.errors import UserError
 from era.modeling.detectors import detector_of
-from era_runtime.backends import NAMES, require
+from era_runtime.backends import OUTPUT_NAMES, require
 
 # With Detectron2's own constant, 11, ROIAlign has no half-pixel offset: the result is silently wrong.
 OPSET = 17
@@ -93,7 +93,7 @@ def write_model(
 
 def outputs_of(model: nn.Module) -> list[str]:
     """Names of a graph's outputs: masks only if the model predicts them."""
-    return list(NAMES if detector_of(model).mask_on else NAMES[:-1])
+    return list(OUTPUT_NAMES if detector_of(model).mask_on else OUTPUT_NAMES[:-1])
 
 
 def trace_adapter(model: nn.Module, image: Tensor) -> TracingAdapter:
