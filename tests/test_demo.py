@@ -465,7 +465,8 @@ def example(image_id: int, plain: int, era: int, file_name: str = "") -> compare
         name: compare.judge([box(30.0 * i, score=0.9) for i in range(count)], objects)
         for name, count in {"teacher": 4, "plain": plain, "era": era}.items()
     }
-    return compare.Example(image_id, file_name, objects, judged)
+    lead = judged["era"].f1 - judged["plain"].f1
+    return compare.Example(image_id, file_name, objects, judged, lead)
 
 
 def test_pictures_show_losses_as_well_as_gains():
@@ -475,7 +476,7 @@ def test_pictures_show_losses_as_well_as_gains():
     assert [e.image_id for e in chosen] == [1, 2, 3, 4, 22, 21]
     assert [e.image_id for e in compare.choose(examples[-3:], 6)] == [22, 21]
     assert [e.image_id for e in compare.choose(examples[9:10], 6)] == [20]
-    assert "in 9, the plain student in 2; in 1 they" in compare.summary(examples)
+    assert "in 9, the plain student in 2; in 1 they" in compare.summary(examples, *pictures.COMPARED)
 
 
 def test_pictures_are_drawn(tmp_path, monkeypatch):
@@ -487,7 +488,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
         example(2, 0, 4, file_name),
         example(3, 3, 1, file_name),
     ]
-    monkeypatch.setattr(pictures, "read_examples", lambda *_: (examples, ["disk"]))
+    monkeypatch.setattr(pictures, "read_examples", lambda *_, **__: (examples, ["disk"]))
     made = [make_run(tmp_path, name) for name in pictures.SHOWN]
     overview, *rest = pictures.write_pictures(made, "some_val", tmp_path / "pictures")
     assert [p.name for p in rest] == ["1_image_2.jpg", "2_image_1.jpg", "3_image_3.jpg"]
@@ -495,7 +496,7 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     with Image.open(overview) as image:
         assert abs(image.width - pictures.OVERVIEW_WIDTH) < 40
     captions = (tmp_path / "pictures" / "README.md").read_text()
-    assert compare.RULE in captions
+    assert compare.rule(*pictures.COMPARED) in captions
     assert "image 3, the plain student leads (F1 -0.46)" in captions
 
 

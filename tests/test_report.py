@@ -1,178 +1,40 @@
-"""The HTML report: from hand-made runs to one file, escaped, self-contained, and working in a browser.
-
-No training happens here: pictures are drawn, metrics and detections are made by hand.
-"""
+"""The HTML report: from hand-made runs to one file, escaped and self-contained. No training happens here."""
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
+from report_case import EVIL, ROOT, Page, full_report, make_deployed, make_run, make_runs, rle
 
 from era.config import load_config
 from era.demo import cli as demo_cli
 from era.demo import report as report_demo
 from era.demo import table as demo_table
 from era.errors import UserError
-from era.report import charts, cli, deployed, examples, scores, write_report
-from era.report.overlay import Mark, place_tags
-from era.report.tables import signed
+from era.methods import Chart, Method
+from era.registry import METHOD_REGISTRY
+from era.report import charts, cli, curves, deployed, examples, page, scored, write_report
+from era.report.overlay import Mark, outline, place_tags
+from era.runs import compare, dataset
 from era.runs import plan as demo_runs
 from era.runs import reading as runs
-from era_runtime.manifest import sha256_file
-
-ROOT = Path(__file__).resolve().parent.parent
-EVIL = "<script>alert(1)</script>"
-CLASSES = ("disk", EVIL)  # category ids 3 and 7
-IDS = (3, 7)
-
-
-# ---- Hand-made runs -----------------------------------------------------------------------------
-
-
-def make_dataset(folder: Path, name: str) -> list:
-    """Six pictures of two objects each; returns the triple for DATASETS.COCO_FORMAT."""
-    (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
-    for i in range(1, 7):
-        picture = Image.new("RGB", (160, 120), (40 * i, 90, 120))
-        for k, x in enumerate((10, 90)):
-            box = [x, 20 + 5 * i, 40, 40]
-            ImageDraw.Draw(picture).rectangle((x, box[1], x + 40, box[1] + 40), fill=(250, 200, 90))
-            ids = {"id": len(annotations) + 1, "image_id": i, "category_id": IDS[k]}
-            annotations.append({**ids, "bbox": box, "area": 1600, "iscrowd": 0})
-        picture.save(folder / "images" / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": 160, "height": 120})
-    categories = [{"id": i, "name": c} for i, c in zip(IDS, CLASSES, strict=True)]
-    data = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "val.json").write_text(json.dumps(data))
-    return [name, str(folder / "val.json"), str(folder / "images")]
-
-
-def found(folder: Path, count) -> list[dict]:
-    """Detections: of image i the first ``count(i)`` objects, and one low-scored mistake each."""
-    data = json.loads((folder / "val.json").read_text())
-    made = []
-    for i in range(1, 7):
-        own = [a for a in data["annotations"] if a["image_id"] == i]
-        for a in own[: count(i)]:
-            made.append({k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9})
-        wrong = {"image_id": i, "category_id": 7, "bbox": [60.0, 2.0, 20.0, 20.0], "score": 0.3}
-        made.append(wrong)
-    return made
-
-
-def make_run(folder: Path, config: str, triple: list, detections: list[dict], ap: float) -> Path:
-    """An OUTPUT_DIR after training."""
-    opts = ["DATASETS.COCO_FORMAT", [triple], "DATASETS.TEST", (triple[0],)]
-    opts += ["OUTPUT_DIR", str(folder), "MODEL.ROI_HEADS.NUM_CLASSES", 2]
-    cfg = load_config(str(ROOT / "configs/toy" / f"{config}.yaml"), opts)
-    (folder / "inference").mkdir(parents=True)
-    (folder / "config.yaml").write_text(cfg.dump())
-    (folder / runs.RESULTS).write_text(json.dumps(detections))
-    lines = []
-    for i in range(19, 100, 20):
-        fall = math.exp(-i / 50)
-        line = {"iteration": i, "total_loss": 4 * fall, "time": 0.25}
-        line |= dict.fromkeys(("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"), fall)
-        if config.startswith("era"):
-            line |= {"loss_era_feature": fall, "loss_other": fall}
-            line |= {
-                f"era/{p}/residual_e{k}": fall * 0.7**k for p in ("p3", "p4") for k in range(5)
-            }
-        lines.append(line)
-    metrics = {"AP": ap, "AP50": ap + 20, "AP75": ap + 1, "APs": math.nan, "APm": ap, "APl": 3.0}
-    metrics |= {"AP-disk": ap - 5, f"AP-{EVIL}": ap + 5}
-    lines.append({"iteration": 100, **{f"bbox/{k}": v for k, v in metrics.items()}})
-    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 @pytest.fixture
 def made(tmp_path):
-    """Folders: plain, era (better in images 1 to 4, worse in 6), teacher."""
-    data = tmp_path / "data"
-    triple = make_dataset(data, f"report_{tmp_path.name}")
-    return {
-        "plain": make_run(
-            tmp_path / "plain", "plain", triple, found(data, lambda i: int(i > 3)), 29.3
-        ),
-        "era": make_run(
-            tmp_path / "era", "era", triple, found(data, lambda i: 2 if i < 5 else 0), 45.4
-        ),
-        "teacher": make_run(
-            tmp_path / "teacher", "teacher", triple, found(data, lambda i: 2), 56.3
-        ),
-    }
-
-
-def make_deployed(folder: Path, name: str = "onnx") -> Path:
-    """A deployment folder as far as the report looks into it."""
-    folder.mkdir(parents=True)
-    (folder / "model.onnx").write_bytes(b"\0" * 2_500_000)
-    (folder / "classes.json").write_text("[]")
-    (folder / "parity.json").write_text('{"cases": [{"box_difference": 0.004}]}')
-    files = {p.name: {"sha256": sha256_file(p)} for p in folder.iterdir()}
-    manifest = {"format_version": 1, "format": name, "alpha": 0, "precision": f"float32 {EVIL}"}
-    manifest |= {"score_threshold": 0.05, "max_batch": 1, "files": files}
-    manifest["input"] = {"min_size": 128, "max_size": 128, "channel_order": "BGR"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-class Page(HTMLParser):
-    """The page's elements: tag and attributes, in their order; unclosed elements fail."""
-
-    VOID = ("meta", "link", "img", "input", "path", "rect", "circle", "br")
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.text = path.read_text(encoding="utf-8")
-        self.found: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.feed(self.text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def all(self, tag: str) -> list[dict]:
-        return [attrs for name, attrs in self.found if name == tag]
-
-    def ids(self) -> set[str]:
-        return {attrs["id"] for _, attrs in self.found if "id" in attrs}
-
-
-def full_report(made: dict[str, Path], path: Path) -> Path:
-    folder = make_deployed(made["plain"].parent / f"exported_{path.stem}" / "onnx")
-    return write_report(
-        [made["plain"], made["era"]],
-        path,
-        teacher=made["teacher"],
-        deployed=[folder],
-        latency={"eager": [20.0, 21.0, 30.0], str(folder): [10.0, 10.5, 11.0]},
-        notes=[f"One seed. {EVIL}"],
-        title=f"A report {EVIL}",
-    )
+    """The folders of three runs of a box detector."""
+    return make_runs(tmp_path)
 
 
 # ---- The page -----------------------------------------------------------------------------------
@@ -185,7 +47,7 @@ def test_a_whole_report(made, tmp_path):
     for number in ("29.3", "45.4", "+16.1", "56.3", "60 %"):  # 16.1 of 27.0 points
         assert number in text
     assert "Of all 6 test images, era has the higher F1 in 4, plain in 2" in text
-    assert "residual" in text and "log scale" in text and "loss_other" in text
+    assert "era: what distillation adds to the loss" in text
     # The export: 2.5 MB, half of eager's time.
     assert ">2.50<" in text and ">10.5<" in text and ">0.50<" in text and ">0.004<" in text
     assert len([a for a in page.all("img") if a["alt"].startswith("Test image")]) == 6
@@ -195,7 +57,7 @@ def test_a_whole_report(made, tmp_path):
 
 def test_it_loads_nothing_and_runs_its_own_script_alone(made, tmp_path):
     page = Page(full_report(made, tmp_path / "report.html"))
-    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", page.text)
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\((?!#)", page.text)
     for _, attrs in page.found:
         for key in ("src", "href"):
             assert attrs.get(key, "#").startswith(("#", "data:"))
@@ -210,6 +72,112 @@ def test_texts_from_data_are_escaped(made, tmp_path):
     assert page.text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
 
 
+def test_a_hostile_name_is_text_wherever_it_comes_from(made, tmp_path):
+    """A run's label, its folder, its methods, and the reason why the test set cannot be read."""
+    evil = 'x" onload="alert(1)<b>\'&amp;'
+    folder = made["era"].rename(tmp_path / "a<b>&")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("- ERA\n", "- '<i>&'\n", 1))
+    for path in (made["plain"], folder):  # the data is gone, and the sentence names its path
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config.replace("val.json", "<u>.json"))
+    out = tmp_path / "r.html"
+    page = Page(write_report([made["plain"], folder], out, labels=["p", evil], caution=evil))
+    tags = {tag for tag, _ in page.found}
+    assert not tags & {"b2", "i2", "u"} and page.text.count("onload=&#34;") > 5
+    assert "&lt;i&gt;&amp;" in page.text and "a&lt;b&gt;&amp;" in page.text
+    assert "&lt;u&gt;.json" in page.text and 'onload="' not in page.text
+    assert "&amp;amp;" in page.text  # not taken for an entity
+
+
+def test_a_method_that_is_not_known_is_shown_by_its_name(made, tmp_path):
+    config = made["era"] / "config.yaml"
+    config.write_text(config.read_text().replace("- ERA\n", "- OfAnotherTime\n", 1))
+    text = write_report([made["plain"], made["era"]], tmp_path / "report.html").read_text()
+    assert "<td>OfAnotherTime</td>" in text and "+16.1" in text
+
+
+def test_a_method_says_itself_what_is_drawn_of_it(tmp_path, monkeypatch):
+    class Probe(Method):
+        loss_labels = {"loss_probe_b": f"second {EVIL}", "loss_probe_a": "first"}
+        charts = (
+            Chart(
+                title="what is left",
+                y_label="distance (pixels)",
+                pattern=r"probe/\w+/left(?P<curve>\d+)",
+                curve_name=lambda group: f"stage {group}",
+                log_scale=True,
+                explanation="Lower is nearer.",
+            ),
+        )
+
+    monkeypatch.setattr(METHOD_REGISTRY, "_obj_map", dict(METHOD_REGISTRY._obj_map))
+    METHOD_REGISTRY._do_register("PROBE", Probe)
+    scalars = (
+        "loss_probe_a",
+        "loss_probe_b",
+        *(f"probe/p{p}/left{k}" for p in (3, 4) for k in (2, 10)),
+    )
+    made = make_runs(tmp_path, scalars=scalars)
+    config = made["era"] / "config.yaml"
+    config.write_text(config.read_text().replace("- ERA\n", "- PROBE\n", 1))
+    read = runs.read_run(made["era"], "era")
+    found = curves.training_charts([scored.Scored(read, {}, "c0", "")])
+    assert [(chart.title, chart.unit, [c.name for c in chart.legend]) for chart in found] == [
+        (
+            "Each model’s own detection loss",
+            "sum of the loss terms of the detector itself",
+            ["era"],
+        ),
+        ("era: what distillation adds to the loss", "weighted loss", [f"second {EVIL}", "first"]),
+        ("era: what is left", "distance (pixels), log scale", ["stage 2", "stage 10"]),
+    ]
+    assert found[2].note == "Lower is nearer."
+    own = found[0].legend[0]  # three terms of the detector's own, whatever they are called
+    assert own.y == pytest.approx([3 * math.exp(-i / 50) for i in range(19, 100, 20)])
+    page = Page(write_report([made["plain"], made["era"]], tmp_path / "report.html"))
+    assert "Lower is nearer." in page.text and EVIL not in page.text
+
+
+def test_masks_have_columns_tables_and_outlines(tmp_path):
+    made = make_runs(tmp_path, masks=True)
+    page = Page(
+        write_report([made["plain"], made["era"]], tmp_path / "r.html", teacher=made["teacher"])
+    )
+    text = page.text
+    for heading in ("Box AP", "Mask AP", "Box AP50"):
+        assert f'<th scope="col">{heading}</th>' in text
+    assert "<strong>25.3</strong>" in text and "<strong>41.4</strong>" in text  # 4 below the boxes'
+    for caption in ("Box AP by class", "Mask AP by class", "Mask AP by object size"):
+        assert f"<caption><span>{caption}" in text
+    outlines = [a for a in page.all("path") if a["class"].startswith("mask")]
+    # Of six pictures: two objects each; plain 3, era 8, teacher 12, and a mistake each.
+    assert len(outlines) == 12 + 3 + 8 + 12 + 3 * 6
+    assert {a["data-switch"] for a in page.all("button")} == {
+        "truth", "m0", "m1", "m2", "masks", "names",
+    }  # fmt: skip
+    boxes_alone = Page(
+        write_report([make_runs(tmp_path / "boxes")["plain"]], tmp_path / "boxes.html")
+    )
+    assert not [a for a in boxes_alone.all("path") if a["class"].startswith("mask")]
+    assert "Mask AP" not in boxes_alone.text
+
+
+def test_ids_of_a_page_are_all_different(made, tmp_path):
+    """Charts with markers define them under ids; those of one chart must not catch another's."""
+    for name in ("plain", "era"):
+        path = made[name] / "metrics.json"
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([lines[0], lines[1], lines[-1]]))
+    page = Page(write_report([made["plain"], made["era"]], tmp_path / "report.html"))
+    ids = [attrs["id"] for _, attrs in page.found if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    used = [a["href"] for a in page.all("use")]
+    assert len(used) > 4 and {href.removeprefix("#") for href in used} <= set(ids)
+    drawings = [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len(drawings) == 2 and all("ends at" in a["aria-label"] for a in drawings)
+
+
 def test_the_same_input_gives_the_same_bytes(made, tmp_path):
     first, second = (
         write_report([made["plain"], made["era"]], tmp_path / f"{i}.html") for i in range(2)
@@ -222,7 +190,7 @@ def test_pictures_show_what_each_run_found(made, tmp_path):
     # By F1: ahead by 1 in images 1 to 3, behind by 2/3 in 5 and 6; a third of three is one.
     images = re.findall(r"<strong>Image (\d+)</strong>", page.text)
     assert images == ["1", "2", "5"]
-    boxes = [a["class"] for a in page.all("g") if a["class"].startswith("box")]
+    boxes = [a["class"] for a in page.all("g") if a.get("class", "").startswith("box")]
     assert boxes.count("box truth right") == 6
     assert boxes.count("box m1 right") == 4 and boxes.count("box m0 right") == 1
     assert boxes.count("box m0 wrong below") == 3  # at score 0.3, below the slider
@@ -263,7 +231,7 @@ def test_the_teacher_that_a_distilled_run_evaluated_stands_in(made, tmp_path):
     (folder / "inference" / "teacher").mkdir()
     shutil.copy(made["teacher"] / runs.RESULTS, folder / runs.TEACHER_RESULTS)
     read = runs.read_runs([made["plain"], folder])
-    assert [(run.role, run.recorded["AP"]) for run in read] == [
+    assert [(run.role, run.recorded["bbox"]["AP"]) for run in read] == [
         (runs.BASELINE, 29.3),
         (runs.DISTILLED, 45.4),
         (runs.TEACHER, 61.2),
@@ -273,18 +241,25 @@ def test_the_teacher_that_a_distilled_run_evaluated_stands_in(made, tmp_path):
 # ---- Its parts ----------------------------------------------------------------------------------
 
 
-def test_ap_is_computed_where_none_was_recorded(made):
+def test_ap_is_computed_where_none_was_recorded(tmp_path):
+    made = make_runs(tmp_path, masks=True)
     (made["teacher"] / "metrics.json").unlink()  # as --eval-only leaves a folder
     run = runs.read_run(made["teacher"], "t")
-    dataset = scores.read_dataset(run)
-    got = scores.scores(run, dataset)
+    data = dataset.read_dataset(run)
+    got = scored.run_scores(run, data)
     # Every object is found exactly; the mistakes of the second class have a lower score.
-    assert got["AP"] == got["APm"] == got["AP-disk"] == got[f"AP-{EVIL}"] == pytest.approx(100)
-    assert "APs" not in got and "APl" not in got
-    assert scores.computed([], dataset)["AP"] == 0
-    assert dataset.objects == {"disk": 6, EVIL: 6}
-    with pytest.raises(UserError, match="images or categories"):
-        scores.computed([{**run.detections[0], "image_id": 99}], dataset)
+    boxes = got["bbox"]
+    assert boxes["AP"] == boxes["APm"] == boxes["AP-disk"] == boxes[f"AP-{EVIL}"]
+    assert boxes["AP"] == pytest.approx(100)
+    assert "APs" not in boxes and "APl" not in boxes
+    # The masks have a hole of 1/36: IoU 0.97, right at every threshold.
+    assert got["segm"]["AP"] == pytest.approx(100)
+    assert data.objects == {"disk": 6, EVIL: 6}
+    stranger = replace(run, detections=[{**run.detections[0], "image_id": 99}])
+    with pytest.raises(UserError, match="image 99"):
+        scored.run_scores(stranger, data)
+    with pytest.raises(UserError, match="recorded no AP"):
+        scored.run_scores(run, None)
 
 
 def test_broken_metrics_are_left_out():
@@ -305,43 +280,70 @@ def test_pictures_are_small_upright_and_written_anew(tmp_path):
         examples.data_uri(str(tmp_path / "c.jpg"))
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [(0, 3.1, [0, 1, 2, 3, 4]), (0, 700, [0, 200, 400, 600, 800]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1])],
-)  # fmt: skip
-def test_ticks(low, high, ticks):
-    assert charts.nice_ticks(low, high) == pytest.approx(ticks)
-
-
-def test_log_ticks_cover_the_data_and_are_at_least_four():
-    assert charts.log_ticks(0.002, 40) == pytest.approx([1e-3, 1e-2, 0.1, 1, 10, 100])
-    assert charts.log_ticks(0.11, 2.3) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5])
-    for low, high in ((0.3, 0.31), (1.0, 1.0), (9.9, 10.1), (1e-9, 1e3)):
-        ticks = charts.log_ticks(low, high)
-        assert ticks[0] <= low * 1.001 and ticks[-1] >= high * 0.999 and len(ticks) >= 2
+def curve(name: str, x, y) -> charts.Curve:
+    return charts.Curve(name, np.array(x, dtype=float), np.array(y, dtype=float), "c0")
 
 
 def test_charts_of_long_and_of_odd_curves():
     x = np.arange(1, 5001.0)
-    thin = charts.thinned(charts.Curve("a", x, 2 * x, "c0"))
+    thin = charts.thinned(curve("a", x, 2 * x))
     assert len(thin.x) <= charts.MOST_POINTS and thin.x[0] == 11 and thin.y[0] == 22
-    nothing = charts.Curve("b", np.array([]), np.array([]), "c0")
-    assert charts.line_chart("t", [nothing], y_label="y") == ""
-    zero = charts.Curve("z", np.array([1.0, 2.0]), np.array([0.0, 0.5]), "c0")
-    assert charts.line_chart("t", [zero], y_label="y", log=True).count("<circle") == 1
+    assert charts.line_chart("t", [curve("b", [], [])], y_label="y", ident="i") is None
+    zero = charts.line_chart("t", [curve("z", [1, 2], [0, 0.5])], y_label="y", ident="i", log=True)
+    assert zero.svg.count("<use ") == 1  # the point that a logarithm can show
+    flat = charts.line_chart("t", [curve("f", [5], [0])], y_label="y", ident="i")
+    assert "f ends at 0." in flat.svg
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.3, 0.31), (1, 1), (0.11, 2.3), (0.002, 40), (1e-9, 1e3)]
+)
+def test_a_logarithmic_axis_has_at_least_two_numbers(low, high):
+    chart = charts.line_chart(
+        "t", [curve("a", [1, 2], [low, high])], y_label="y", ident="i", log=True
+    )
+    inside = [float(n) for n in re.findall(r'<text text-anchor="end"[^>]*>([^<]+)<', chart.svg)]
+    assert len(inside) >= 2
+
+
+def test_a_drawing_is_fit_for_a_page():
+    chart = charts.line_chart(
+        "A <title>", [curve(EVIL, [1, 9000], [1, 20])], y_label='"y" & z', ident="one"
+    )
+    assert 'aria-label="A &lt;title&gt;. &quot;y&quot; &amp; z, linear scale' in chart.svg
+    assert "<style" not in chart.svg and "metadata" not in chart.svg and "xmlns" not in chart.svg
+    assert ">2k</text>" in chart.svg and "script>" not in chart.svg
+    other = charts.line_chart("A", list(chart.legend), y_label="y", ident="two")
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (chart.svg, other.svg)]
+    assert ids[0] and not ids[0] & ids[1]
 
 
 def test_differences_have_a_sign_and_no_minus_zero():
-    assert "+1.5" in signed(1.5) and "−0.3" in signed(-0.3) and "±0.0" in signed(-0.04)
-    assert signed(None) == signed(math.nan) == "–"
+    assert page.signed(1.5) == ("+1.5", "better") and page.signed(-0.3) == ("−0.3", "worse")
+    assert page.signed(-0.04) == ("±0.0", "same")
+    assert page.signed(None) == page.signed(math.nan) == ("–", "")
 
 
 def test_names_stay_inside_and_avoid_one_another():
-    box = examples.Box((10.0, 0.0, 60.0, 40.0), 0, 0.9)
-    marks = [Mark(box, group, "c0", True, "disk 0.90") for group in ("truth", "m0", "m1")]
-    tags = place_tags(marks, 160, 120, {"m0", "m1"})
-    assert len({(tag.x, tag.y) for tag in tags}) == 3
-    assert all(t.x >= 0 and t.y >= 0 and t.x + t.width <= 160 for t in tags)
+    box = compare.Box((10.0, 0.0, 60.0, 40.0), 0, 0.9)
+    groups = ("truth", "m0", "m1")
+    marks = [Mark.of(box, group, "c0", True, "disk 0.90", 160, 120) for group in groups]
+    place_tags(marks, 160, 120, first={"m0", "m1"})
+    tags = [mark.tag for mark in marks]
+    assert len({(x, y) for x, y, _, _ in tags}) == 3
+    assert all(x >= 0 and y >= 0 and x + width <= 160 for x, y, width, _ in tags)
+
+
+def test_outlines_of_masks():
+    square = "M10.0 10.0L50.0 10.0L50.0 50.0L10.0 50.0Z"
+    assert outline([[10, 10, 50, 10, 50, 50, 10, 50]], 160, 120) == square
+    assert outline([[-9, -9, 500, -9, 500, 500]], 160, 120) == "M0.0 0.0L160.0 0.0L160.0 120.0Z"
+    ring = outline(rle([10, 10, 36, 36]), 160, 120)
+    assert ring.count("M") == ring.count("Z") == 2  # the outer edge and the hole
+    numbers = [float(n) for n in re.findall(r"[\d.]+", ring)]
+    assert min(numbers) == 10.5 and max(numbers) == 45.5
+    with pytest.raises(ValueError, match="its size is"):
+        outline(rle([10, 10, 36, 36]), 120, 160)
 
 
 # ---- Mistakes -----------------------------------------------------------------------------------
@@ -363,6 +365,11 @@ def spoil(made: dict[str, Path], what: str) -> list[Path]:
         (era / runs.RESULTS).write_text("{")
     elif what == "form":
         (era / runs.RESULTS).write_text('[{"image_id": 1, "bbox": "<b>"}]')
+    elif what in ("mask's form", "mask"):
+        detections = json.loads((era / runs.RESULTS).read_text())
+        counts = "11" if what == "mask" else {"x": 1}  # 2 of 19200 pixels
+        detections[0]["segmentation"] = {"size": [120, 160], "counts": counts}
+        (era / runs.RESULTS).write_text(json.dumps(detections))
     elif what == "twice":
         return [made["plain"], made["plain"]]
     return [made["plain"], era]
@@ -377,6 +384,8 @@ def spoil(made: dict[str, Path], what: str) -> list[Path]:
         ("results", "cannot be read"),
         ("json", "is not JSON"),
         ("form", "entry 0"),
+        ("mask's form", "entry 0"),
+        ("mask", "do not fill 120 x 160"),
         ("twice", "named twice"),
     ],
 )
@@ -474,124 +483,3 @@ def test_sizes_count_the_model_and_not_what_lies_beside_it(tmp_path):
     (model,) = deployed.read_deployed([folder], {str(folder): [1.0, 2.0, 3.0]})
     assert model.megabytes == 2.5 and model.milliseconds == (1.5, 2.0, 2.5)
     assert model.box_difference == 0.004
-
-
-# ---- A real browser -----------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER and importlib.util.find_spec("selenium")),
-    reason="needs chromium and chromedriver (apt-get install chromium chromium-driver) and selenium",
-)
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Headless Chromium with an empty profile, its console recorded."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def set_width(browser, width: int, scheme: str = "light") -> None:
-    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-    media = [{"name": name, "value": value} for name, value in features.items()]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-
-
-VISIBLE = """return [...document.querySelectorAll(arguments[0])]
-    .filter(e => getComputedStyle(e).display !== "none" && e.getClientRects().length).length"""
-
-
-@needs_browser
-def test_in_a_browser(made, tmp_path, browser):
-    path = full_report(made, tmp_path / "report.html")
-    set_width(browser, 390)
-    browser.get(path.as_uri())
-
-    def visible(selector: str) -> int:
-        return browser.execute_script(VISIBLE, selector)
-
-    # The switches: ground truth, the two students, names; the teacher starts hidden.
-    assert visible("g.box.truth") == 12 and visible("g.box.m1") == 8 and visible("g.box.m2") == 0
-    for target, shown in (("m1", 8), ("truth", 12)):
-        button = browser.find_element("css selector", f"[data-switch={target}]")
-        browser.execute_script("arguments[0].focus()", button)
-        button.send_keys(" ")  # by keyboard
-        assert button.get_attribute("aria-pressed") == "false"
-        assert visible(f"g.box.{target}") == visible(f"g.tag.{target}") == 0
-        button.click()
-        assert button.get_attribute("aria-pressed") == "true"
-        assert visible(f"g.box.{target}") == visible(f"g.tag.{target}") == shown
-    browser.find_element("css selector", "[data-switch=m2]").click()
-    assert visible("g.box.m2") == 12
-    names = browser.find_element("css selector", "[data-switch=names]")
-    names.click()
-    assert visible("g.tag") == 0 and visible("g.box.m1") == 8
-
-    # The slider: from 0.3 on, each run has one mistake more in each of the six pictures.
-    move = """const s = document.getElementById("threshold"); s.value = arguments[0];
-        s.dispatchEvent(new Event("input"));"""
-    browser.execute_script(move, "0.25")
-    assert visible("g.box.m1") == 14
-    counts = [e.text for e in browser.find_elements("css selector", "[data-count=m1] .wrong")]
-    assert counts == ["1"] * 6
-    browser.execute_script(move, "0.95")
-    assert visible("g.box.m1") == 0 and visible("g.box.truth") == 12
-
-    # No scrolling to the side, at either width and in either scheme; every picture is there.
-    for width, scheme in ((390, "light"), (1280, "light"), (1280, "dark"), (390, "dark")):
-        set_width(browser, width, scheme)
-        wide = browser.execute_script("return document.documentElement.scrollWidth")
-        assert wide <= width
-        outside = """return [...document.querySelectorAll("h1, h2, h3, p, figure, .scroll, .tiles")]
-            .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).length"""
-        assert browser.execute_script(outside) == 0
-        loaded = """document.querySelectorAll("img").forEach(i => i.loading = "eager");
-            return Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))"""
-        assert browser.execute_script(loaded) == [160] * 6
-    assert browser.get_log("browser") == []
-
-
-@needs_browser
-def test_texts_are_legible_in_a_browser(made, tmp_path, browser):
-    """WCAG's contrast of 4.5 between text and what it stands on, and no text below 10 px on a phone."""
-    browser.get(full_report(made, tmp_path / "report.html").as_uri())
-    contrast = """
-        const rgb = c => (c.match(/[\\d.]+/g) || []).map(Number);
-        const lum = c => { const [r, g, b] = c.slice(0, 3).map(v => { v /= 255;
-            return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; });
-            return .2126 * r + .7152 * g + .0722 * b; };
-        const ground = e => { for (; e; e = e.parentElement) {
-            const c = rgb(getComputedStyle(e).backgroundColor);
-            if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
-        const worst = [];
-        for (const e of document.querySelectorAll("p,th,td,small,button span,dt,dd b,li,a,caption,span")) {
-            if (!e.textContent.trim() || !e.getClientRects().length) continue;
-            const [a, b] = [lum(rgb(getComputedStyle(e).color)), lum(ground(e))];
-            const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-            if (ratio < 4.5) worst.push([e.tagName, e.className, e.textContent.slice(0, 20), ratio]);
-        }
-        return worst;"""
-    smallest = """return Math.min(...[...document.querySelectorAll(".chart text, .tag text")]
-        .filter(e => e.getClientRects().length)
-        .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a))"""
-    for scheme in ("light", "dark"):
-        set_width(browser, 390, scheme)
-        assert browser.execute_script(contrast) == []
-    assert browser.execute_script(smallest) >= 10

@@ -9,11 +9,12 @@ from pathlib import Path
 import matplotlib.font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from era.runs.compare import MIN_SCORE, RULE, Example, choose, read_examples, summary
+from era.runs.compare import MIN_SCORE, Example, choose, read_examples, rule, summary
 from era.runs.plan import Run
 
 COUNT = 6  # pictures
 SHOWN = ("teacher", "plain", "era")  # runs, a column each, after the ground truth
+COMPARED = ("the plain student", "the ERA student")  # in words
 SIDE = 512  # about the longest side of an enlarged image, pixels
 OVERVIEW_WIDTH = 1200  # pixels
 OVERVIEW_BYTES = 300 * 1024  # at most
@@ -25,7 +26,7 @@ TRUTH, RIGHT, WRONG, MISSED = "#ffffff", "#56B4E9", "#E69F00", "#ffffff"
 def write_pictures(runs: Sequence[Run], dataset: str, folder: Path) -> list[Path]:
     """Write the pictures, ``overview.png`` and ``README.md`` with captions into ``folder``.
 
-    Which images are shown is :data:`era.runs.compare.RULE`; it shows losses of ERA as well as gains.
+    Which images are shown is :func:`era.runs.compare.rule`; it shows losses of ERA as well as gains.
 
     Args:
         runs: teacher, plain and ERA among them.
@@ -37,7 +38,7 @@ def write_pictures(runs: Sequence[Run], dataset: str, folder: Path) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     labels = {run.name: run.label for run in runs if run.name in SHOWN}
     folders = {run.name: run.folder for run in runs if run.name in SHOWN}
-    examples, classes = read_examples(dataset, folders)
+    examples, classes = read_examples(dataset, folders, baseline="plain", compared="era")
     chosen = choose(examples, COUNT)
     paths, captions = [], []
     for number, example in enumerate(chosen, start=1):
@@ -51,7 +52,7 @@ def write_pictures(runs: Sequence[Run], dataset: str, folder: Path) -> list[Path
         "# Detections side by side\n\n"
         f"Boxes of score {MIN_SCORE} and more. Blue, solid: right. Orange, dashed: wrong class or "
         "place, or found twice. White, dotted: an object that was missed.\n\n"
-        f"{summary(examples)}\n\nHow the images were chosen: {RULE}\n\n"
+        f"{summary(examples, *COMPARED)}\n\nHow the images were chosen: {rule(*COMPARED)}\n\n"
         + "\n".join(captions)
         + "\n",
         encoding="utf-8",

@@ -1,8 +1,8 @@
 """The HTML report behind ``tools/report.py``: one self-contained file from one or several runs.
 
-``cli`` parses; ``write`` puts it together; ``runs`` reads a run's folder, ``scores`` its AP by class
-and size, ``examples`` the pictures, ``deployed`` the deployment folders; ``charts``, ``tables``,
-``gallery`` and ``page`` turn them into HTML, with ``style.css`` and ``script.js`` put into it.
+``cli`` parses; ``write`` puts it together; ``scored`` says what a run is compared with, ``curves`` which
+charts there are, ``examples`` which pictures, ``deployed`` what was exported; ``charts`` and ``overlay``
+draw. ``page`` renders all of it with ``templates/``, where everything that is HTML lies.
 """
 
 from era.report.write import write_report

@@ -1,19 +1,21 @@
-"""Which pictures the report shows, and the boxes in them."""
+"""The pictures that the report shows: which, and what is drawn on them."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from era.errors import UserError
-from era.report.scores import Dataset
-from era.runs.compare import MIN_IOU, MIN_SCORE, Box, Example, Judged, choose, judge
-from era.runs.reading import ReportRun
+from era.report.overlay import TRUTH, Mark, name_size, place_tags
+from era.report.scored import Scored
+from era.runs import compare
+from era.runs.compare import MIN_SCORE, Box, Example
+from era.runs.dataset import Dataset
 
 SHOWN_FROM = 0.2  # score from which on detections are in the report, for the slider
 SIDE = 640  # longest side of a picture in the report, pixels
@@ -27,111 +29,130 @@ class Picture:
     image_id: int
     width: int
     height: int
-    objects: tuple[Box, ...]
-    judged: tuple[Judged, ...]  # of every run, in their order; boxes from SHOWN_FROM on
+    classes: tuple[str, ...]  # of its objects, sorted, each once
+    objects: int
+    counts: tuple[tuple[int, int], ...]  # right and wrong detections of every run, at MIN_SCORE
     lead: float  # F1 of the compared run minus F1 of the baseline, -1 to 1
     data: str  # the image itself, a data URI
+    marks: tuple[Mark, ...]
+    name_size: float  # font size of the names
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The chosen pictures, and over how many images they were chosen."""
+class Gallery:
+    """The chosen pictures in groups with a title, and how they were chosen."""
 
-    pictures: tuple[Picture, ...]
-    ahead: int  # images in which the compared run has the higher F1
-    behind: int
-    equal: int
-
-
-def rule(baseline: str, compared: str | None) -> str:
-    """How pictures are chosen, in words; ``compared`` None = there is one run alone."""
-    counts = (
-        f"A detection counts from score {MIN_SCORE} on; it is right if it has the class of an object that "
-        f"it overlaps with IoU {MIN_IOU} or more, one detection an object. An image is judged by "
-        "F1 = 2 right / (2 right + wrong + missed). "
-    )
-    if compared is None:
-        return counts + f"Shown are the images in which {baseline} has the lowest F1."
-    return counts + (
-        f"First come the images in which {compared} leads {baseline} by most, then, as a third of all that "
-        f"are shown, those in which {baseline} leads {compared} by most; of equals, the image with more "
-        "objects, then the one with the smaller id."
-    )
+    summary: str
+    rule: str
+    groups: tuple[tuple[str, tuple[Picture, ...]], ...]
+    shown: frozenset[int]  # runs whose boxes are shown at the start
+    paired: bool  # two runs are compared
+    has_masks: bool
+    score_from: float = SHOWN_FROM
+    score_start: float = MIN_SCORE
 
 
-def compare_pictures(
-    runs: Sequence[ReportRun],
+def make_gallery(
+    scored: Sequence[Scored],
     dataset: Dataset,
     *,
     baseline: int,
     compared: int | None,
     count: int,
-) -> Comparison:
-    """Choose ``count`` images by :func:`rule` and read them.
+) -> Gallery:
+    """Choose ``count`` images by :func:`era.runs.compare.rule` and read them.
 
     Args:
-        baseline, compared: indices into ``runs``; None = nothing to compare with, and the images with
+        baseline, compared: indices into ``scored``; None = nothing to compare with, and the images with
             most mistakes are chosen.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image or a mask cannot be read.
     """
-    found = [by_image(run, dataset) for run in runs]
-    examples = []
-    for entry in dataset.entries:
-        objects = objects_of(entry)
-        image = entry["image_id"]
-        sure = [[b for b in boxes.get(image, ()) if b.score >= MIN_SCORE] for boxes in found]
-        plain = judge(sure[baseline], objects)
-        other = judge(sure[compared], objects) if compared is not None else plain
-        if compared is None:
-            plain = judge(objects, objects)  # without a fault
-        judged = {"plain": plain, "era": other}
-        examples.append(Example(image, entry["file_name"], objects, judged))
+    found = {
+        f"m{i}": compare.boxes_by_image(s.run.detections, dataset, SHOWN_FROM)
+        for i, s in enumerate(scored)
+    }
+    has_masks = any(box.mask for by_image in found.values() for b in by_image.values() for box in b)
+    names = [f"m{baseline}", f"m{compared}" if compared is not None else None]
+    examples = compare.make_examples(dataset, found, baseline=names[0], compared=names[1])
+    shown = frozenset({baseline} if compared is None else {baseline, compared})
     sizes = {e["image_id"]: (e["width"], e["height"]) for e in dataset.entries}
-    chosen = choose(examples, count) if count else []
-    pictures = tuple(
-        Picture(
-            image_id=example.image_id,
-            width=sizes[example.image_id][0],
-            height=sizes[example.image_id][1],
-            objects=example.objects,
-            judged=tuple(
-                judge(boxes.get(example.image_id, ()), example.objects) for boxes in found
-            ),
-            lead=example.lead,
-            data=data_uri(example.file_name),
+    pictures = []
+    for example in compare.choose(examples, count):
+        boxes = {name: by_image.get(example.image_id, ()) for name, by_image in found.items()}
+        width, height = sizes[example.image_id]
+        if not has_masks:  # of the ground truth alone, they would only hide the picture
+            example = replace(
+                example, objects=tuple(replace(o, mask=None) for o in example.objects)
+            )
+        marks = make_marks(example, boxes, dataset.classes, scored, width, height)
+        place_tags(marks, width, height, first={f"m{i}" for i in shown})
+        pictures.append(
+            Picture(
+                image_id=example.image_id,
+                width=width,
+                height=height,
+                classes=tuple(sorted({dataset.classes[box.category] for box in example.objects})),
+                objects=len(example.objects),
+                counts=tuple(
+                    (sum(j.right), len(j.right) - sum(j.right)) for j in example.judged.values()
+                ),
+                lead=example.lead,
+                data=data_uri(example.file_name),
+                marks=tuple(marks),
+                name_size=name_size(width, height),
+            )
         )
-        for example in chosen
-    )
-    leads = [example.lead for example in examples]
-    ahead, behind = sum(lead > 0 for lead in leads), sum(lead < 0 for lead in leads)
-    return Comparison(pictures, ahead, behind, len(leads) - ahead - behind)
-
-
-def by_image(run: ReportRun, dataset: Dataset) -> dict[int, list[Box]]:
-    """A run's detections from score :data:`SHOWN_FROM` on, by image id; unknown classes left out."""
-    found: dict[int, list[Box]] = {}
-    for d in run.detections:
-        if d["score"] >= SHOWN_FROM and d["category_id"] in dataset.index:
-            box = Box(corners(d["bbox"]), dataset.index[d["category_id"]], d["score"])
-            found.setdefault(d["image_id"], []).append(box)
-    return found
-
-
-def objects_of(entry: dict) -> tuple[Box, ...]:
-    """Ground truth of an image, crowds left out."""
-    return tuple(
-        Box(corners(a["bbox"]), a["category_id"])
-        for a in entry["annotations"]
-        if not a.get("iscrowd")
+    first, second = (scored[i].run.label if i is not None else None for i in (baseline, compared))
+    groups = [("", pictures)]
+    summary = "There is one run alone, so these are the images in which it does worst."
+    if second is not None:
+        summary = compare.summary(examples, first, second)
+        groups = [
+            (f"{second} does better than {first}", [p for p in pictures if p.lead > 0]),
+            (f"{second} does worse than {first}", [p for p in pictures if p.lead < 0]),
+            (f"{second} does as well as {first}", [p for p in pictures if p.lead == 0]),
+        ]
+    return Gallery(
+        summary=summary,
+        rule=compare.rule(first, second),
+        groups=tuple((title, tuple(group)) for title, group in groups if group),
+        shown=shown,
+        paired=second is not None,
+        has_masks=has_masks,
     )
 
 
-def corners(xywh: Sequence[float]) -> tuple[float, float, float, float]:
-    """[x, y, width, height] as x0, y0, x1, y1."""
-    x, y, w, h = xywh
-    return x, y, x + w, y + h
+def make_marks(
+    example: Example,
+    boxes: dict[str, Sequence[Box]],
+    classes: Sequence[str],
+    scored: Sequence[Scored],
+    width: int,
+    height: int,
+) -> list[Mark]:
+    """The ground truth, then every run's detections, the surest on top.
+
+    Raises:
+        UserError: a mask is no mask of this image.
+    """
+    try:
+        marks = [
+            Mark.of(box, TRUTH, TRUTH, True, classes[box.category], width, height)
+            for box in example.objects
+        ]
+        for (name, found), s in zip(boxes.items(), scored, strict=True):
+            judged = compare.judge(found, example.objects)
+            for box, right in list(zip(judged.boxes, judged.right, strict=True))[::-1]:
+                text = f"{classes[box.category]} {box.score:.2f}"
+                marks.append(Mark.of(box, name, s.look, right, text, width, height))
+    except ValueError as e:
+        raise UserError(
+            f"a mask in image {example.image_id} cannot be drawn ({e}): evaluate the runs again on the test "
+            "set as it is now, or use --pictures 0."
+        ) from e
+    return marks
 
 
 def data_uri(path: str) -> str:

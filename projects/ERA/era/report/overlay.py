@@ -1,41 +1,75 @@
-"""Boxes and their names as SVG over a picture, in pixels of the original image."""
+"""What is drawn over a picture: boxes, outlines of masks and names, in pixels of the original image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from html import escape
 
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from era.data.rle import checked_rle
 from era.runs.compare import MIN_SCORE, Box
 
 TRUTH = "truth"  # the group of the ground truth; those of the runs are m0, m1, ...
+SMOOTHING = 1 / 640  # of the longest side: what an outline may be off by, about a pixel on the page
+
+Rectangle = tuple[float, float, float, float]  # x, y, width, height
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mark:
-    """A box that can be switched: its group, the class of the style sheet that colours it, its name."""
+    """An object that can be switched: its group, the class of the style sheet that colours it, its name."""
 
-    box: Box
     group: str
     look: str
-    right: bool
+    state: str  # classes: right or wrong, and "below" where the slider hides it at the start
+    score: float
     text: str
+    frame: Rectangle  # its box, cut at the picture's edges
+    outline: str  # of its mask, as an SVG path; "" without one
+    tag: Rectangle = (0.0, 0.0, 0.0, 0.0)  # where its name stands
 
-    @property
-    def classes(self) -> str:
-        """For the class attribute."""
-        below = " below" if self.group != TRUTH and self.box.score < MIN_SCORE else ""
-        return f"box {self.group} {'right' if self.right else 'wrong'}{below}"
+    @classmethod
+    def of(
+        cls, box: Box, group: str, look: str, right: bool, text: str, width: int, height: int
+    ) -> Mark:
+        """The mark of a box in a picture of that size.
+
+        Raises:
+            ValueError: its mask is none of this picture.
+        """
+        x0, x1 = (min(max(0.0, x), width) for x in box.corners[0::2])
+        y0, y1 = (min(max(0.0, y), height) for y in box.corners[1::2])
+        state = "right" if right else "wrong"
+        state += " below" if group != TRUTH and box.score < MIN_SCORE else ""
+        path = outline(box.mask, width, height) if box.mask else ""
+        frame = (x0, y0, max(0.0, x1 - x0), max(0.0, y1 - y0))
+        return cls(group, look, state, box.score, text, frame, path)
 
 
-@dataclass(frozen=True)
-class Tag:
-    """Where a name stands."""
+def outline(mask: dict | list, width: int, height: int) -> str:
+    """A mask's contours as an SVG path, holes included (fill rule evenodd).
 
-    x: float
-    y: float
-    width: float
-    height: float
+    Args:
+        mask: RLE, or COCO's polygons [[x0, y0, x1, y1, ...], ...].
+
+    Raises:
+        ValueError: it is neither, or of another size.
+    """
+    if isinstance(mask, list):
+        rings = [np.asarray(ring, dtype=float).reshape(-1, 2) for ring in mask]
+        rings = [np.clip(ring, 0, (width, height)) for ring in rings]
+    else:
+        pixels = coco_mask.decode(checked_rle(mask, height, width))
+        contours, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        most = max(width, height) * SMOOTHING
+        # A contour runs through the centres of its pixels.
+        rings = [cv2.approxPolyDP(c, most, closed=True)[:, 0] + 0.5 for c in contours]
+    return "".join(
+        "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2
+    )
 
 
 def name_size(width: int, height: int) -> float:
@@ -43,68 +77,42 @@ def name_size(width: int, height: int) -> float:
     return max(width, height) / 25
 
 
-def shape(mark: Mark, width: int, height: int) -> str:
-    """The box with a dark rim, so that it shows on any ground; cut at the picture's edges."""
-    x0, y0, x1, y1 = clipped(mark.box, width, height)
-    frame = f'x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0:.1f}" height="{y1 - y0:.1f}"'
-    return (
-        f'<g class="{mark.classes}" data-score="{mark.box.score:.4f}"><rect class="rim" {frame}/>'
-        f'<rect class="stroke {mark.look}" {frame}/></g>'
-    )
-
-
-def name(mark: Mark, tag: Tag, size: float) -> str:
-    """The name on a ground of the box's colour."""
-    return (
-        f'<g class="{mark.classes.replace("box", "tag", 1)}" data-score="{mark.box.score:.4f}">'
-        f'<rect class="fill {mark.look}" x="{tag.x:.1f}" y="{tag.y:.1f}" width="{tag.width:.1f}" '
-        f'height="{tag.height:.1f}"/><text x="{tag.x + tag.width / 2:.1f}" '
-        f'y="{tag.y + size * 0.93:.1f}" text-anchor="middle" font-size="{size:.1f}">'
-        f"{escape(mark.text)}</text></g>"
-    )
-
-
-def place_tags(marks: Sequence[Mark], width: int, height: int, first: set[str]) -> list[Tag]:
-    """A place for every name, at a corner of its box where it covers least of the others.
+def place_tags(marks: Sequence[Mark], width: int, height: int, first: Collection[str]) -> None:
+    """Give every name a place at a corner of its box, where it covers least of the others.
 
     Args:
-        first: groups that are shown at the start, which choose before the ground truth and the rest.
+        first: groups that are shown at the start, which choose before the ground truth and the rest:
+            names that are hidden at the start do not matter to those that are shown.
     """
 
-    def order(i: int) -> tuple:
-        mark = marks[i]
-        at_start = mark.group in first and mark.box.score >= MIN_SCORE
-        return (0 if at_start else 1 if mark.group == TRUTH else 2, -mark.box.score, i)
+    def order(mark: Mark) -> tuple:
+        at_start = mark.group in first and "below" not in mark.state
+        return (0 if at_start else 1 if mark.group == TRUTH else 2, -mark.score)
 
-    placed: dict[int, Tag] = {}
-    for i in sorted(range(len(marks)), key=order):
-        # Names that are hidden at the start do not matter to those that are shown.
-        placed[i] = _best(marks[i], width, height, list(placed.values()))
-    return [placed[i] for i in range(len(marks))]
-
-
-def clipped(box: Box, width: int, height: int) -> tuple[float, float, float, float]:
-    """The box's corners within the picture."""
-    x0, y0, x1, y1 = box.corners
-    x0, x1 = (min(max(0.0, v), width) for v in (x0, x1))
-    y0, y1 = (min(max(0.0, v), height) for v in (y0, y1))
-    return x0, y0, max(x0, x1), max(y0, y1)
-
-
-def _best(mark: Mark, width: int, height: int, others: Sequence[Tag]) -> Tag:
-    x0, y0, x1, y1 = clipped(mark.box, width, height)
+    placed: list[Rectangle] = []
     size = name_size(width, height)
-    w, h = (len(mark.text) * 0.6 + 0.6) * size, 1.25 * size
-    corners = ((x0, y0 - h), (x1 - w, y0 - h), (x0, y1), (x1 - w, y1))
-    inside = ((x0, y0), (x1 - w, y0), (x0, y1 - h), (x1 - w, y1 - h))
-    tags = [
-        Tag(min(max(0.0, x), max(0.0, width - w)), min(max(0.0, y), max(0.0, height - h)), w, h)
-        for x, y in (*corners, *inside)
-    ]
-    return min(tags, key=lambda tag: sum(_overlap(tag, other) for other in others))
+    for mark in sorted(marks, key=order):
+        x, y, w, h = mark.frame
+        across, down = (len(mark.text) * 0.6 + 0.6) * size, 1.25 * size
+        corners = [
+            (left, top)
+            for top in (y - down, y + h, y, y + h - down)  # above, below, inside
+            for left in (x, x + w - across)
+        ]
+        places = [
+            (
+                min(max(0.0, left), max(0.0, width - across)),
+                min(max(0.0, top), max(0.0, height - down)),
+                across,
+                down,
+            )
+            for left, top in corners
+        ]
+        mark.tag = min(places, key=lambda place: sum(_overlap(place, other) for other in placed))
+        placed.append(mark.tag)
 
 
-def _overlap(a: Tag, b: Tag) -> float:
-    across = min(a.x + a.width, b.x + b.width) - max(a.x, b.x)
-    down = min(a.y + a.height, b.y + b.height) - max(a.y, b.y)
+def _overlap(a: Rectangle, b: Rectangle) -> float:
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(0.0, across) * max(0.0, down)

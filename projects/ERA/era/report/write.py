@@ -5,25 +5,35 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 
 from era.errors import UserError
-from era.report import page, tables
+from era.report.curves import AP_OF, training_charts
 from era.report.deployed import EAGER, quartiles, read_deployed
-from era.report.examples import compare_pictures
-from era.report.gallery import gallery
-from era.report.page import Section
-from era.report.scores import Dataset, read_dataset, scores
-from era.report.tables import Scored
+from era.report.examples import make_gallery
+from era.report.page import NONE, render
+from era.report.scored import class_changes, compared_index, gap_closed, score_runs
+from era.runs.dataset import Dataset, read_dataset
 from era.runs.measure import Measurement
-from era.runs.reading import BASELINE, DISTILLED, TEACHER, ReportRun, read_runs
+from era.runs.reading import TASKS, TEACHER, RunRecord, read_runs
 
 PICTURES = 12
-COLOURS = 6  # of the style sheet, c0 to c5
-DASHES = ("", "7 4", "2 3", "9 3 2 3")
-INHERITED = "7 4"  # where the heads started from the teacher's
-TEACHER_DASH = "2 3"
+# COCO's names for sizes, by the area of the object in pixels of the original image.
+SIZES = {
+    "APs": "small, below 32² px",
+    "APm": "medium, 32² to 96² px",
+    "APl": "large, above 96² px",
+}
+INHERITED = {"none": "nothing", "heads": "heads", "fpn_and_heads": "FPN and heads"}  # in words
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page: its template is ``templates/<ident>.html``."""
+
+    ident: str
+    title: str
 
 
 def write_report(
@@ -74,42 +84,58 @@ def write_report(
         teacher=Path(teacher) if teacher is not None else None,
     )
     dataset, absent = find_dataset(runs[0])
-    scored = score(runs, dataset, costs or {})
-    compared = tables.compared_index(scored)
+    scored = score_runs(runs, dataset, costs or {})
+    compared = compared_index(scored)
+    pair = (scored[0], scored[compared]) if compared is not None else None
+    last = next((s for s in scored if s.run.role == TEACHER), None)
+    tasks = [task for task in TASKS if any(task in s.scores for s in scored)]
+    gallery = None
+    if dataset is not None and pictures:
+        gallery = make_gallery(scored, dataset, baseline=0, compared=compared, count=pictures)
+    charts = training_charts(scored)
     models = read_deployed([Path(folder) for folder in deployed], latency)
     eager = (latency or {}).get(EAGER)
-    first, second = scored[0], scored[compared] if compared is not None else None
-    pair = (first, second) if second is not None else None
-    gallery_html = missing(absent) if absent else ""
-    if dataset is not None and pictures:
-        comparison = compare_pictures(runs, dataset, baseline=0, compared=compared, count=pictures)
-        gallery_html = gallery(comparison, scored, dataset.classes, baseline=0, compared=compared)
-    objects = dataset.objects if dataset is not None else None
-    detail = tables.by_size(scored) + tables.by_class(scored, pair, objects)
+    eager_ms = quartiles(eager) if eager else None
+    timed = eager_ms or next((m.milliseconds for m in models if m.milliseconds), None)
     sections = [
-        Section("result", "Result", "", page.result(scored, compared, notes, caution)),
-        Section("detail", "AP by object size and class", "", detail),
-        Section("training", "Training", "", page.training(scored)),
-        Section(
-            "pictures",
-            "Pictures",
-            "Those in which the outcome changed most, in both directions." if pair else "",
-            gallery_html,
-        ),
-        Section(
-            "deployment",
-            "Exported models",
-            "Latency: one image a call, one thread, the formats taking turns on one machine."
-            if latency
-            else "",
-            tables.deployment(models, quartiles(eager) if eager else None) if models else "",
-        ),
-        Section("runs", "How the runs were made", "", tables.settings(scored)),
+        Section("result", "Result"),
+        Section("detail", "AP by object size and class"),
+        Section("training", "Training") if charts else None,
+        Section("pictures", "Pictures") if gallery or absent else None,
+        Section("deployment", "Exported models") if models else None,
+        Section("runs", "How the runs were made"),
     ]
-    return write_whole(output, page.page(title, subtitle(runs, dataset), sections, runs=len(runs)))
+    text = render(
+        {
+            "title": title,
+            "subtitle": subtitle(runs, dataset),
+            "sections": [section for section in sections if section],
+            "scored": scored,
+            "pair": pair,
+            "teacher": last,
+            "closed": gap_closed(*pair, last, "bbox") if pair else None,
+            "tasks": tasks,
+            "ap_of": {task: name[0].upper() + name[1:] for task, name in AP_OF.items()},
+            "inherited": INHERITED,
+            "caution": caution,
+            "notes": notes,
+            "costs": any(s.cost for s in scored),
+            "sizes": SIZES,
+            "changes": {task: class_changes(scored, pair, task) for task in tasks},
+            "objects": dataset.objects if dataset is not None else {},
+            "charts": charts,
+            "gallery": gallery,
+            "absent": absent,
+            "models": models,
+            "eager_ms": eager_ms,
+            "first_ms": timed[1] if timed else None,
+            "settings": [settings(run) for run in runs],
+        }
+    )
+    return write_whole(output, text)
 
 
-def find_dataset(run: ReportRun) -> tuple[Dataset | None, str]:
+def find_dataset(run: RunRecord) -> tuple[Dataset | None, str]:
     """The test set, or None and why it cannot be read: a report without pictures is better than none."""
     try:
         return read_dataset(run), ""
@@ -117,38 +143,7 @@ def find_dataset(run: ReportRun) -> tuple[Dataset | None, str]:
         return None, str(e)
 
 
-def missing(reason: str) -> str:
-    """What stands in the place of the pictures if there are none."""
-    return (
-        f'<p class="warning">No pictures, because the test set cannot be read: {escape(reason)}</p>'
-    )
-
-
-def score(
-    runs: Sequence[ReportRun], dataset: Dataset | None, costs: Mapping[str, Measurement]
-) -> list[Scored]:
-    """Every run with its metrics, a look of its own, and the run that its gain is counted from.
-
-    A distilled run's gain is over the student that inherited the same and was not distilled, if there
-    is one, else over the baseline; a plain run's over the baseline.
-    """
-    found: list[Scored] = []
-    students = [run for run in runs if run.role != TEACHER]
-    for run in runs:
-        if run.role == TEACHER:
-            look, dash, reference = "ct", TEACHER_DASH, None
-        else:
-            index = students.index(run)
-            look = f"c{index % COLOURS}"
-            dash = DASHES[index // COLOURS % len(DASHES)] or (INHERITED if run.inherits else "")
-            alike = [s for s in found if not s.run.methods and s.run.inherits == run.inherits]
-            options = alike if run.role == DISTILLED and alike else found
-            reference = options[0] if options and run.role != BASELINE else None
-        found.append(Scored(run, scores(run, dataset), look, dash, reference, costs.get(run.label)))
-    return found
-
-
-def subtitle(runs: Sequence[ReportRun], dataset: Dataset | None) -> str:
+def subtitle(runs: Sequence[RunRecord], dataset: Dataset | None) -> str:
     """On which data, in a few words."""
     about = f"Tested on {runs[0].dataset}"
     if dataset is None:
@@ -158,6 +153,30 @@ def subtitle(runs: Sequence[ReportRun], dataset: Dataset | None) -> str:
         f"{about}: {len(dataset.entries):,d} images, {counted:,d} objects, "
         f"{len(dataset.classes)} classes"
     )
+
+
+def settings(run: RunRecord) -> list[str]:
+    """Detector, backbone, iterations, images a step, learning rate, schedule and seed, as text."""
+    if run.role == TEACHER and not run.metrics:  # known from its student's run alone
+        return [NONE] * 7
+    model, solver = run.cfg.MODEL, run.cfg.SOLVER
+    detector = model.META_ARCHITECTURE
+    if detector == "Distiller":
+        detector = model.DISTILLER.STUDENT_META_ARCHITECTURE
+    backbone = model.BACKBONE.NAME.removeprefix("build_").removesuffix("_backbone")
+    if "resnet" in backbone:
+        backbone += f", depth {model.RESNETS.DEPTH}"
+    if "fpn" in backbone:
+        backbone += f", {model.FPN.OUT_CHANNELS} channels"
+    return [
+        detector,
+        backbone,
+        f"{solver.MAX_ITER:,d}",
+        str(solver.IMS_PER_BATCH),
+        f"{solver.BASE_LR:g}",
+        solver.LR_SCHEDULER_NAME,
+        str(run.cfg.SEED) if run.cfg.SEED >= 0 else "random",
+    ]
 
 
 def write_whole(path: Path, text: str) -> Path:

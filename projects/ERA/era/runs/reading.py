@@ -1,4 +1,7 @@
-"""Reading runs: what is in an ``OUTPUT_DIR`` of ``tools/train_net.py``, checked, as plain values."""
+"""Reading runs back: what is in an ``OUTPUT_DIR`` of ``tools/train_net.py``, checked, as plain values.
+
+A folder may be somebody else's: nothing in it is trusted to have its form.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,30 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from era.config import load_config
+from era.config import INHERIT_NOTHING, get_era_cfg, merge_config
 from era.errors import UserError
+from era.registry import is_distiller
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 
 RESULTS = Path("inference", "coco_instances_results.json")
 TEACHER_RESULTS = Path("inference", "teacher", "coco_instances_results.json")  # TEST.EVAL_TEACHER
 
 BASELINE, PLAIN, DISTILLED, TEACHER = "baseline", "plain", "distilled", "teacher"  # roles
+TASKS = ("bbox", "segm")  # what AP is of: boxes, masks
 
 
 @dataclass(frozen=True)
-class ReportRun:
-    """One run as the report sees it. AP in points of 100."""
+class RunRecord:
+    """One run as it is found on the disk. AP in points of 100."""
 
     folder: Path
     label: str
     role: str  # one of the four above
     cfg: CfgNode = field(repr=False)
     metrics: list[dict] = field(repr=False)  # finite numbers alone, each with "iteration"
-    recorded: dict[str, float] = field(repr=False)  # of the last evaluation: "AP", "APs", "AP-disk"
-    detections: list[dict] = field(repr=False)  # as in COCO's results files, checked
+    # Of the last evaluation, by task ("bbox", "segm"): "AP", "APs", "AP-disk" and so on.
+    recorded: dict[str, dict[str, float]] = field(repr=False)
+    detections: list[dict] = field(repr=False)  # as in COCO's results files, their form checked
 
     @property
     def dataset(self) -> str:
@@ -38,18 +44,19 @@ class ReportRun:
         return self.cfg.DATASETS.TEST[-1]
 
     @property
-    def inherits(self) -> bool:
-        """Whether the student's heads started from the teacher's weights."""
-        return (
-            self.cfg.MODEL.META_ARCHITECTURE == "Distiller"
-            and self.cfg.MODEL.DISTILLER.INIT_STUDENT != "none"
-        )
+    def inherited(self) -> str:
+        """Which weights of the teacher the student started from: "none", "heads" or "fpn_and_heads"."""
+        return self.cfg.MODEL.DISTILLER.INIT_STUDENT if self._is_distilled else INHERIT_NOTHING
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names of the distillation methods, none of a plain run."""
-        is_distiller = self.cfg.MODEL.META_ARCHITECTURE == "Distiller"
-        return tuple(self.cfg.MODEL.DISTILLER.METHODS) if is_distiller else ()
+        """Names of the distillation methods, none of a plain run or a teacher."""
+        return tuple(self.cfg.MODEL.DISTILLER.METHODS) if self._is_distilled else ()
+
+    @property
+    def _is_distilled(self) -> bool:
+        """A teacher's run may stand in a student's folder, with the student's config."""
+        return self.role != TEACHER and is_distiller(self.cfg)
 
     @property
     def iterations(self) -> int | None:
@@ -64,7 +71,7 @@ class ReportRun:
 
 def read_runs(
     folders: Sequence[Path], *, labels: Sequence[str] | None = None, teacher: Path | None = None
-) -> list[ReportRun]:
+) -> list[RunRecord]:
     """Read all runs: the first is the baseline; the teacher, if there is one, comes last.
 
     Without ``teacher``, the evaluation of the teacher that a distilled run made (TEST.EVAL_TEACHER)
@@ -110,7 +117,7 @@ def read_runs(
     return runs
 
 
-def read_run(folder: Path, label: str) -> ReportRun:
+def read_run(folder: Path, label: str) -> RunRecord:
     """Read one run's folder.
 
     A folder without metrics.json is accepted if it holds detections: that is what ``--eval-only``
@@ -128,7 +135,7 @@ def read_run(folder: Path, label: str) -> ReportRun:
         raise UserError(
             f"{folder} holds no config.yaml: expected the OUTPUT_DIR of a run of tools/train_net.py."
         )
-    cfg = load_config(str(config))
+    cfg = read_config(config)
     if not cfg.DATASETS.TEST:
         raise UserError(f"{config} names no DATASETS.TEST: a report is about a test set; name one.")
     metrics = clean_metrics(read_metrics(folder))
@@ -137,12 +144,27 @@ def read_run(folder: Path, label: str) -> ReportRun:
             f"{folder} holds no metrics.json with anything in it and no {RESULTS}: let the run train, or "
             "evaluate it with tools/train_net.py --eval-only."
         )
-    return ReportRun(
+    return RunRecord(
         folder, label, PLAIN, cfg, metrics, recorded_ap(metrics, cfg), read_detections(folder / RESULTS)
     )  # fmt: skip
 
 
-def recorded_teacher(runs: Sequence[ReportRun]) -> list[ReportRun]:
+def read_config(path: Path) -> CfgNode:
+    """The config of a run, whose methods may be unknown here: ``MODEL.<NAME>`` is taken as it is.
+
+    Raises:
+        UserError: it cannot be read, or has keys that no version of this project or of Detectron2 has.
+    """
+    cfg = get_era_cfg()
+    cfg.MODEL.set_new_allowed(True)
+    for part in cfg.MODEL.values():
+        if isinstance(part, CfgNode):
+            part.set_new_allowed(False)
+    merge_config(cfg, str(path), [], what="the run's config", opts_what="the run's config")
+    return cfg
+
+
+def recorded_teacher(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The teacher as the first run knows it that evaluated it beside its student; else nothing."""
     for run in runs:
         if (run.folder / TEACHER_RESULTS).is_file():
@@ -177,18 +199,32 @@ def clean_metrics(lines: list) -> list[dict]:
     return found
 
 
-def recorded_ap(metrics: Sequence[dict], cfg: CfgNode, *, prefix: str = "") -> dict[str, float]:
-    """The last evaluation's metrics by name: "AP", "AP50", ..., "AP-<class>"; empty if there is none.
+def recorded_ap(
+    metrics: Sequence[dict], cfg: CfgNode, *, prefix: str = ""
+) -> dict[str, dict[str, float]]:
+    """The last evaluation's metrics by task and name: "bbox" -> "AP", "AP50", ..., "AP-<class>".
 
     Args:
         prefix: "teacher/" for the teacher's.
+
+    Returns:
+        The tasks that were evaluated; empty if there was no evaluation.
     """
+    found = {}
+    for task in TASKS:
+        start = f"{prefix}{scalar_prefix(cfg)}{task}/"
+        lines = [line for line in metrics if f"{start}AP" in line]
+        if lines:
+            found[task] = {
+                k[len(start) :]: float(v) for k, v in lines[-1].items() if k.startswith(start)
+            }
+    return found
+
+
+def scalar_prefix(cfg: CfgNode) -> str:
+    """What comes before "bbox/AP" in metrics.json: with several test sets, the last one's name."""
     names = cfg.DATASETS.TEST
-    start = f"{prefix}bbox/" if len(names) == 1 else f"{prefix}{names[-1]}/bbox/"
-    lines = [line for line in metrics if f"{start}AP" in line]
-    if not lines:
-        return {}
-    return {k[len(start) :]: float(v) for k, v in lines[-1].items() if k.startswith(start)}
+    return "" if len(names) == 1 else f"{names[-1]}/"
 
 
 def read_detections(path: Path) -> list[dict]:
@@ -214,13 +250,17 @@ def read_detections(path: Path) -> list[dict]:
     if wrong is not None:
         raise UserError(
             f"{path} is no list of COCO detections (see entry {wrong}): expected objects with image_id, "
-            "category_id, bbox [x, y, width, height] and score; evaluate the run again."
+            "category_id, bbox [x, y, width, height], score and, if any, an RLE segmentation; evaluate the "
+            "run again."
         )
     return found
 
 
 def is_detection(value) -> bool:
-    """Whether a value is a detection of COCO's results format with finite numbers."""
+    """Whether a value has the form of a detection in COCO's results format, with finite numbers.
+
+    A mask's run lengths are checked where the image's size is known: :mod:`era.data.rle`.
+    """
     return (
         isinstance(value, dict)
         and type(value.get("image_id")) is int
@@ -229,6 +269,17 @@ def is_detection(value) -> bool:
         and isinstance(value.get("bbox"), list)
         and len(value["bbox"]) == 4
         and all(map(is_number, value["bbox"]))
+        and ("segmentation" not in value or is_rle(value["segmentation"]))
+    )
+
+
+def is_rle(value) -> bool:
+    """Whether a value has the form of a mask in run lengths."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("size"), list)
+        and [type(side) for side in value["size"]] == [int, int]
+        and isinstance(value.get("counts"), (str, list))
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from era.methods import METHOD_REGISTRY
+from era.registry import METHOD_REGISTRY
 
 if TYPE_CHECKING:
     from era.methods.base import Chart
