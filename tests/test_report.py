@@ -11,9 +11,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from report_case import EVIL, ROOT, Page, full_report, make_deployed, make_run, make_runs, rle
 
@@ -91,15 +93,22 @@ def test_a_hostile_name_is_text_wherever_it_comes_from(made, tmp_path):
 
 
 def test_a_method_that_is_not_known_is_shown_by_its_name(made, tmp_path):
-    config = made["era"] / "config.yaml"
-    config.write_text(config.read_text().replace("- ERA\n", "- OfAnotherTime\n", 1))
+    path = made["era"] / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["MODEL"]["DISTILLER"]["METHODS"] = ["OfAnotherTime"]
+    config["MODEL"]["OFANOTHERTIME"] = {"WEIGHT": 1.0}
+    path.write_text(yaml.safe_dump(config))
     text = write_report([made["plain"], made["era"]], tmp_path / "report.html").read_text()
     assert "<td>OfAnotherTime</td>" in text and "+16.1" in text
+    config["MODEL"]["RESNETS"]["NO_SUCH_KEY"] = 1
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="NO_SUCH_KEY"):
+        runs.read_run(made["era"], "era")
 
 
 def test_a_method_says_itself_what_is_drawn_of_it(tmp_path, monkeypatch):
     class Probe(Method):
-        loss_labels = {"loss_probe_b": f"second {EVIL}", "loss_probe_a": "first"}
+        loss_labels: ClassVar = {"loss_probe_b": f"second {EVIL}", "loss_probe_a": "first"}
         charts = (
             Chart(
                 title="what is left",
@@ -150,7 +159,7 @@ def test_masks_have_columns_tables_and_outlines(tmp_path):
     assert "<strong>25.3</strong>" in text and "<strong>41.4</strong>" in text  # 4 below the boxes'
     for caption in ("Box AP by class", "Mask AP by class", "Mask AP by object size"):
         assert f"<caption><span>{caption}" in text
-    outlines = [a for a in page.all("path") if a["class"].startswith("mask")]
+    outlines = [a for a in page.all("path") if a.get("class", "").startswith("mask")]
     # Of six pictures: two objects each; plain 3, era 8, teacher 12, and a mistake each.
     assert len(outlines) == 12 + 3 + 8 + 12 + 3 * 6
     assert {a["data-switch"] for a in page.all("button")} == {
@@ -159,7 +168,7 @@ def test_masks_have_columns_tables_and_outlines(tmp_path):
     boxes_alone = Page(
         write_report([make_runs(tmp_path / "boxes")["plain"]], tmp_path / "boxes.html")
     )
-    assert not [a for a in boxes_alone.all("path") if a["class"].startswith("mask")]
+    assert not [a for a in boxes_alone.all("path") if a.get("class", "").startswith("mask")]
     assert "Mask AP" not in boxes_alone.text
 
 

@@ -8,6 +8,8 @@ import shutil
 import pytest
 from report_case import full_report, make_runs
 
+from era.report import write_report
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -18,6 +20,12 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+
+@pytest.fixture
+def made(tmp_path):
+    """The folders of three runs."""
+    return make_runs(tmp_path)
 
 
 @pytest.fixture
@@ -36,12 +44,11 @@ def browser(tmp_path):
     driver.quit()
 
 
-def set_width(browser, width: int, scheme: str = "light") -> None:
+def set_width(browser, width: int) -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-    media = [{"name": name, "value": value} for name, value in features.items()]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+    media = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 VISIBLE = """return [...document.querySelectorAll(arguments[0])]
@@ -84,9 +91,9 @@ def test_in_a_browser(made, tmp_path, browser):
     browser.execute_script(move, "0.95")
     assert visible("g.box.m1") == 0 and visible("g.box.truth") == 12
 
-    # No scrolling to the side, at either width and in either scheme; every picture is there.
-    for width, scheme in ((390, "light"), (1280, "light"), (1280, "dark"), (390, "dark")):
-        set_width(browser, width, scheme)
+    # No scrolling to the side, at either width; every picture is there.
+    for width in (390, 1280):
+        set_width(browser, width)
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
         outside = """return [...document.querySelectorAll("h1, h2, h3, p, figure, .scroll, .tiles")]
@@ -121,7 +128,47 @@ def test_texts_are_legible_in_a_browser(made, tmp_path, browser):
     smallest = """return Math.min(...[...document.querySelectorAll(".chart text, .tag text")]
         .filter(e => e.getClientRects().length)
         .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a))"""
-    for scheme in ("light", "dark"):
-        set_width(browser, 390, scheme)
-        assert browser.execute_script(contrast) == []
+    set_width(browser, 390)
+    assert browser.execute_script(contrast) == []
     assert browser.execute_script(smallest) >= 10
+
+
+@needs_browser
+def test_masks_are_switched_with_their_boxes_and_by_themselves(tmp_path, browser):
+    made = make_runs(tmp_path, masks=True)
+    set_width(browser, 1280)
+    browser.get(write_report([made["plain"], made["era"]], tmp_path / "r.html").as_uri())
+
+    def visible(selector: str) -> int:
+        return browser.execute_script(VISIBLE, selector)
+
+    def click(target: str) -> None:
+        browser.find_element("css selector", f"[data-switch={target}]").click()
+
+    assert visible(".truth .mask") == 12 and visible(".m1 .mask") == 8
+    click("m1")
+    assert visible(".m1 .mask") == 0 and visible(".truth .mask") == 12
+    click("m1")
+    click("masks")
+    assert visible(".mask") == 0 and visible(".m1 .stroke") == 8
+    assert browser.get_log("browser") == []
+
+
+@needs_browser
+def test_the_drawings_of_a_page_keep_their_own_look(made, tmp_path, browser):
+    """Every chart is drawn in its runs' colours, as high as it should be, with its text inside."""
+    browser.get(write_report([made["plain"], made["era"]], tmp_path / "r.html").as_uri())
+    set_width(browser, 1280)
+    drawn = browser.execute_script("""
+        return [...document.querySelectorAll(".chart > svg")].map(svg => {
+            const whole = svg.getBoundingClientRect();
+            const outside = [...svg.querySelectorAll("text")].map(t => t.getBoundingClientRect())
+                .filter(r => r.left < whole.left - 1 || r.right > whole.right + 1
+                    || r.bottom > whole.bottom + 1).length;
+            const lines = [...svg.querySelectorAll("path")].filter(p => p.getTotalLength() > 100)
+                .map(p => getComputedStyle(p).stroke);
+            return [whole.height / whole.width, outside, lines]; })""")
+    assert len(drawn) == 2
+    for ratio, outside, lines in drawn:
+        assert abs(ratio - 320 / 480) < 0.01 and outside == 0
+        assert "rgb(0, 114, 178)" in lines  # the second run, and the first term

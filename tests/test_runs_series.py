@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from era.methods import METHOD_REGISTRY
+from era.registry import METHOD_REGISTRY
 from era.runs import series as curves
 
 METRICS = [
