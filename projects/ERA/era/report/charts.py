@@ -23,6 +23,8 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 24, 14, 50  # margins around the plot
 FONT = 14  # as style.css has it; matplotlib only has to know how much room a text takes
 GRID, AXIS = "#d9dce1", "#565b63"  # --rule and --soft of style.css
 MOST_POINTS = 240  # of a curve; longer ones are averaged in groups of neighbours
+# Numbers on a logarithmic axis between the powers of ten, if it spans more decades than this.
+LOG_STEPS = {3.0: (1,), 1.2: (1, 2, 5), 0.4: (1, 1.5, 2, 3, 5, 7)}
 FEW_POINTS = 4  # of a curve that is drawn with dots
 
 RC = {
@@ -150,10 +152,8 @@ def _scale_y(axes: Axes, values: np.ndarray, *, log: bool) -> None:
     if log:
         axes.set_yscale("log")
         decades = math.log10(values.max() / values.min())
-        if decades > 0.7:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 2, 5)))
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
+        steps = next((s for least, s in LOG_STEPS.items() if decades > least), None)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps) if steps else MaxNLocator(5))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(bottom=min(0.0, float(values.min())))

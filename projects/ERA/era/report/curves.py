@@ -10,7 +10,7 @@ from era.report.scored import Scored
 from era.runs.reading import TASKS, scalar_prefix
 from era.runs.series import chart_series, method_charts, method_losses, own_losses, series
 
-AP_OF = {"bbox": "box AP", "segm": "mask AP"}
+AP_OF = {"bbox": "Box AP", "segm": "Mask AP"}  # as a heading
 
 
 def training_charts(scored: Sequence[Scored]) -> list[LineChart]:
@@ -31,9 +31,9 @@ def training_charts(scored: Sequence[Scored]) -> list[LineChart]:
         if any(len(curve.x) > 1 for curve in evaluations):
             charts.append(
                 line_chart(
-                    f"{AP_OF[task].capitalize()} during training",
+                    f"{AP_OF[task]} during training",
                     evaluations,
-                    y_label=f"{AP_OF[task]} (points)",
+                    y_label="points of 100",
                     ident=f"chart-{task}",
                 )
             )

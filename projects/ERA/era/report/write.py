@@ -115,7 +115,7 @@ def write_report(
             "teacher": last,
             "closed": gap_closed(*pair, last, "bbox") if pair else None,
             "tasks": tasks,
-            "ap_of": {task: name[0].upper() + name[1:] for task, name in AP_OF.items()},
+            "ap_of": AP_OF,
             "inherited": INHERITED,
             "caution": caution,
             "notes": notes,
@@ -155,27 +155,26 @@ def subtitle(runs: Sequence[RunRecord], dataset: Dataset | None) -> str:
     )
 
 
-def settings(run: RunRecord) -> list[str]:
-    """Detector, backbone, iterations, images a step, learning rate, schedule and seed, as text."""
+def settings(run: RunRecord) -> list[tuple[str, str]]:
+    """Detector, backbone, iterations, images a step, learning rate, schedule and seed, as texts and what is
+    said below them."""
     if run.role == TEACHER and not run.metrics:  # known from its student's run alone
-        return [NONE] * 7
+        return [(NONE, "")] * 7
     model, solver = run.cfg.MODEL, run.cfg.SOLVER
     detector = model.META_ARCHITECTURE
     if detector == "Distiller":
         detector = model.DISTILLER.STUDENT_META_ARCHITECTURE
     backbone = model.BACKBONE.NAME.removeprefix("build_").removesuffix("_backbone")
-    if "resnet" in backbone:
-        backbone += f", depth {model.RESNETS.DEPTH}"
-    if "fpn" in backbone:
-        backbone += f", {model.FPN.OUT_CHANNELS} channels"
+    size = [f"depth {model.RESNETS.DEPTH}"] if "resnet" in backbone else []
+    size += [f"{model.FPN.OUT_CHANNELS} channels"] if "fpn" in backbone else []
     return [
-        detector,
-        backbone,
-        f"{solver.MAX_ITER:,d}",
-        str(solver.IMS_PER_BATCH),
-        f"{solver.BASE_LR:g}",
-        solver.LR_SCHEDULER_NAME,
-        str(run.cfg.SEED) if run.cfg.SEED >= 0 else "random",
+        (detector, ""),
+        (backbone, ", ".join(size)),
+        (f"{solver.MAX_ITER:,d}", ""),
+        (str(solver.IMS_PER_BATCH), ""),
+        (f"{solver.BASE_LR:g}", ""),
+        (solver.LR_SCHEDULER_NAME, ""),
+        (str(run.cfg.SEED) if run.cfg.SEED >= 0 else "random", ""),
     ]
 
 
