@@ -40,7 +40,7 @@ RC = {
     "lines.markersize": 7,
     "lines.scale_dashes": False,
     "svg.fonttype": "none",  # text as text
-    "svg.hashsalt": "era",  # the same input gives the same ids
+    "svg.hashsalt": "report",  # the same input gives the same ids
 }
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 

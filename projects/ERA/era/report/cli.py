@@ -13,16 +13,16 @@ from era.report.write import PICTURES, write_report
 
 DESCRIPTION = """\
 Write one HTML file about one or several runs: headline table, AP by class and object size, training
-and residual curves, the pictures in which distillation changed the outcome most, with boxes that can
-be switched on and off, and size and latency of exported models. The file needs no network and no
+curves, the pictures in which distillation changed the outcome most, with boxes and masks that can be
+switched on and off, and size and latency of exported models. The file needs no network and no
 server: open it, or send it to somebody.
 """
 EPILOG = """\
 examples:
-  plain against ERA:      %(prog)s output/toy/plain output/toy/era --teacher output/toy/teacher
-  with names of your own: %(prog)s runs/a runs/b --labels "Plain R50" "ERA R50" --output r50.html
-  with exported models:   %(prog)s output/toy/plain output/toy/era --deployed onnx openvino --latency 50
-  one run alone:          %(prog)s output/toy/era
+  plain against distilled: %(prog)s output/plain output/distilled --teacher output/teacher
+  with names of your own:  %(prog)s runs/a runs/b --labels "Plain R50" "Distilled R50" --output r50.html
+  with exported models:    %(prog)s output/plain output/distilled --deployed onnx openvino --latency 50
+  one run alone:           %(prog)s output/distilled
 
 what it reads:
   of each run             config.yaml, metrics.json, inference/coco_instances_results.json; so the run
@@ -32,8 +32,8 @@ what it reads:
   the teacher             --teacher RUN, or what TEST.EVAL_TEACHER left in a distilled run
 
 The first run is the baseline. Pictures compare it with the first distilled run after it. Gains are counted
-from the baseline; those of a distilled run that inherited the teacher's heads from a plain run
-that inherited them too, where there is one.
+from the baseline; those of a distilled run that started from weights of the teacher from a plain run
+that started from the same ones, where there is one.
 """
 
 
