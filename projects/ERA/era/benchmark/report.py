@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from era import environment
+
 
 def machine(device: torch.device) -> dict:
-    """Processor, GPU, threads and versions."""
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "torchvision", "detectron2")},
-        "commit": _commit(),
-    }
+    """Machine, versions and commit; no GPU where none is measured."""
+    about = environment.machine() | environment.versions() | {"commit": environment.commit()}
+    return about if device.type == "cuda" else about | {"gpu": None}
 
 
 def header(about: dict, settings: dict, notes: Sequence[str]) -> str:
@@ -76,38 +64,6 @@ def markdown(rows: Sequence[dict], *, base: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "n/a" if value is None else format(value, form)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        folder = Path(__file__).resolve().parent
-        done = subprocess.run(
-            ["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=30
-        )
-        return done.stdout.strip()
-
-    try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (", with changes" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _keys(keys: Mapping, prefix: str = "") -> str:
