@@ -1,4 +1,4 @@
-"""Studies with several seeds: their runs, and the table worked by hand."""
+"""Studies with several seeds: the table worked by hand, and the options."""
 
 import json
 
@@ -6,57 +6,68 @@ import pytest
 from builders import REPO
 
 from era.errors import UserError
-from era.study.cli import STUDIES, choose, equal_time_variant, main, make_runs, markdown, summarise
+from era.runs.plan import make_runs
+from era.runs.schema import read_plan
+from era.study.cli import find_plan, given_teacher, main, summarise, table
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
+def study(tmp_path, monkeypatch):
     """Plain and ERA from two seeds, with made-up metrics: 100 and 150 ms a step."""
     monkeypatch.chdir(REPO)
-    runs = make_runs(STUDIES["equal_time"], [1, 2], tmp_path, None)
+    plan = read_plan(REPO / "studies" / "equal_time.yaml")
+    runs = make_runs(plan, tmp_path, seeds=[1, 2], only=["era", "plain"])
     for run, ap in zip(runs[1:], (10.0, 12.0, 20.0, 23.0), strict=True):
         run.folder.mkdir()
         seconds = 0.1 if run.name.startswith("plain") else 0.15
         lines = [{"iteration": i, "time": seconds} for i in (59, 79, 99)]
         lines.append({"iteration": 99, "bbox/AP": ap, "bbox/AP50": ap, "bbox/AP75": ap})
         (run.folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    return runs
+    return plan, runs
 
 
-def test_runs_depend_on_the_one_teacher(runs, tmp_path):
-    assert [r.name for r in runs] == [
-        "teacher", "plain_seed1", "plain_seed2", "era_seed1", "era_seed2",
-    ]  # fmt: skip
-    assert [r.depends_on for r in runs] == [None, None, None, "teacher", "teacher"]
-    assert str(tmp_path / "teacher" / "model_final.pth") in runs[3].command
-    assert [r.config.SEED for r in runs[1:]] == [1, 2, 1, 2]
+def test_means_gains_and_steps(study):
+    plan, runs = study
+    plain, era = summarise(plan, runs)
+    assert (plain.ap, plain.mean, plain.gain) == ((10.0, 12.0), 11.0, None)
+    assert (era.ap, era.mean, era.gain) == ((20.0, 23.0), 21.5, 10.5)
+    assert plain.step_ms == pytest.approx(100) and era.step_ms == pytest.approx(150)
+    assert era.iterations == 600 and era.seeds == (1, 2)
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in table(plan, [plain, era]).splitlines()
+    ]
+    assert rows[0][4:] == ["AP, seed 1", "AP, seed 2", "mean", "gain", "over"]
+    assert rows[2] == ["plain student", "nothing", "600", "100", "10.0", "12.0", "11.0", "–", ""]
+    assert rows[3] == ["ERA", "nothing", "600", "150", "20.0", "23.0", "21.5", "+10.5", "plain student"]  # fmt: skip
 
 
-def test_means_and_equal_time(runs):
-    entries = summarise(STUDIES["equal_time"], [1, 2], runs)
-    assert [e["mean"] for e in entries] == [11.0, 21.5]
-    assert [e["step_ms"] for e in entries] == pytest.approx([100, 150])
-    label, _, opts = equal_time_variant(entries)["plain_equal_time"]
-    assert opts == ("SOLVER.MAX_ITER", str(round(entries[1]["iterations"] * 1.5)))
-    assert "1.50 times" in label
-    table = markdown(entries, [1, 2])
-    assert "| 10.0 | 12.0 | 11.0 |" in table and table.count("|\n") == 4
+def test_a_study_is_a_name_or_a_path(tmp_path):
+    assert find_plan("parts", REPO) == REPO / "studies" / "parts.yaml"
+    (tmp_path / "mine.yaml").touch()
+    assert find_plan(str(tmp_path / "mine.yaml"), REPO) == tmp_path / "mine.yaml"
+    with pytest.raises(UserError, match=r"no study 'part': name one of demo, equal_time, narrow"):
+        main(["part"], root=REPO)
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_variant_has_a_config_that_loads(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO)
-    for run in make_runs(STUDIES[name], [1], tmp_path, None):
-        assert run.config.SOLVER.MAX_ITER == run.iterations > 0
-
-
-def test_a_teacher_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="--teacher"):
+def test_a_given_teacher(tmp_path):
+    plan = read_plan(REPO / "studies" / "parts.yaml")
+    with pytest.raises(UserError, match=r"--teacher .* is no file"):
         main(["parts", "--teacher", str(tmp_path / "none.pth")], root=REPO)
+    (tmp_path / "model_final.pth").touch()
+    weights = tmp_path / "model_final.pth"
+    assert given_teacher(plan, weights) == {"teacher": weights} and given_teacher(plan, None) == {}
 
 
-def test_some_variants():
-    assert list(choose("narrow", ["h16_p8", "h16_p32"])) == ["h16_p32", "h16_p8"]
-    assert choose("parts", None) == STUDIES["parts"]
-    with pytest.raises(UserError, match="--variants names h1: the study narrow has h64_p32"):
-        main(["narrow", "--variants", "h1"], root=REPO)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--seeds", "1", "1"], "--seeds is"),
+        (["--variants", "h1"], r"has no run h1: it has teacher, h64_p32"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        main(["narrow", "--output", str(tmp_path / "new"), *options], root=REPO)
+    assert not (tmp_path / "new").exists()

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from era.benchmark.rows import Row
-from era.runs.progress import duration
 
 MIB = 2**20
 SYNCHRONISING = (
@@ -202,7 +202,7 @@ def profile_rows(rows: Sequence[Row], device: torch.device) -> str:
 def progress(text: str, left: float | None) -> None:
     """A line on stderr, which renews itself on a terminal; ``left`` in seconds, None if not known."""
     is_terminal = sys.stderr.isatty()
-    line = text + (f", {duration(left)} left" if left is not None else "")
+    line = text + (f", {tqdm.format_interval(left)} left" if left is not None else "")
     if is_terminal:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif text:

@@ -1,5 +1,5 @@
-"""The demo behind ``make demo``: teacher, plain students and ERA students, compared on toy data.
+"""The demo behind ``make demo``: a teacher and students, plain and distilled, compared on toy data.
 
-``cli`` puts it together; ``runs`` says what is trained, ``schedule`` runs it, ``progress`` shows it,
-``measure`` times the results, and ``table``, ``figures`` and ``pictures`` present them.
+``studies/demo.yaml`` says what is trained and :mod:`era.runs` does it; ``cli`` puts the demo together, and
+``table``, ``figures``, ``pictures`` and ``report`` present the results.
 """

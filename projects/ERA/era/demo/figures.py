@@ -1,8 +1,8 @@
-"""The demo's plots: losses, residuals and AP, from the runs' metrics."""
+"""The demo's plots: losses, the methods' own charts, and AP, from the runs' metrics."""
 
 from __future__ import annotations
 
-import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,30 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from era.demo.table import Row, gains
+from era.demo.table import Gain, Row
 from era.runs.metrics import read_metrics
 from era.runs.plan import NOTHING, Run
+from era.runs.series import chart_series, method_charts, method_losses, own_losses, series
 
-DETECTION_LOSSES = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
-ERA_LOSSES = {
-    "loss_era_feature": "feature: e₀ to the teacher's maps",
-    "loss_era_residual": "residual: the branches",
-    "loss_era_twi_rpn": "TWI: teacher's RPN head",
-    "loss_era_twi_roi": "TWI: teacher's ROI head",
-    "loss_era_kd": "KD: teacher's classes",
-}
-# Okabe and Ito's colours, which colour-blind people tell apart. Colour says the method, line style
-# what was inherited.
-GREY, ORANGE, BLUE, GREEN, PURPLE, SKY = (
-    "#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9",
-)  # fmt: skip
-LOOKS = {
-    "teacher": {"color": GREY, "linestyle": ":"},
-    "plain": {"color": ORANGE},
-    "plain_init": {"color": ORANGE, "linestyle": "--"},
-    "era": {"color": BLUE},
-    "era_init": {"color": BLUE, "linestyle": "--"},
-}
+# Okabe and Ito's colours, which colour-blind people tell apart.
+GREY = "#555555"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
@@ -55,147 +39,144 @@ STYLE = {
 }
 DPI = 130
 
-_RESIDUAL = re.compile(r"era/(?P<level>\w+)/residual_e(?P<step>\d+)")
 
+def looks(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Colour and line style of every training: the colour says the method, dashes that it inherited.
 
-def series(metrics: Sequence[dict], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations, and the sum of the named scalars there; lines that lack one are left out."""
-    points = [
-        (m["iteration"] + 1, sum(m[name] for name in names))
-        for m in metrics
-        if all(name in m for name in names)
-    ]
-    table = np.array(points, dtype=float).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def residual_series(metrics: Sequence[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For i = 0..N: iterations, and the mean over levels of the mean of (F_T - e_i)^2."""
-    names: dict[int, set[str]] = {}
-    for line in metrics:
-        for name in line:
-            if match := _RESIDUAL.fullmatch(name):
-                names.setdefault(int(match["step"]), set()).add(name)
-    found = []
-    for step in sorted(names):
-        iterations, total = series(metrics, sorted(names[step]))
-        found.append((iterations, total / len(names[step])))
+    Where several have the same methods and the same start, each has a colour of its own.
+    """
+    found: dict[str, dict[str, str]] = {}
+    colours: dict[tuple, str] = {}
+    alike: list[tuple] = []
+    for run in runs:
+        if run.is_teacher:
+            found[run.name] = {"color": GREY, "linestyle": ":"}
+        elif run.iterations:
+            alike.append((run.methods, run.inherited))
+            key = (run.methods, alike.count(alike[-1]))
+            colour = colours.setdefault(key, COLOURS[len(colours) % len(COLOURS)])
+            found[run.name] = {
+                "color": colour,
+                "linestyle": "-" if run.inherited == NOTHING else "--",
+            }
     return found
 
 
-def write_losses(runs: Sequence[Run], path: Path) -> None:
-    """Detection losses of every training, and the terms of the ERA loss without inheritance."""
+def write_losses(runs: Sequence[Run], distilled: Run, path: Path) -> None:
+    """Every training's own losses, summed, and what distillation adds to them in one run."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         # The teacher trains longer: room for it, without pressing the students together.
         left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+        style = looks(runs)
         for run in runs:
-            if run.name in LOOKS:
-                x, y = series(read_metrics(run.folder), DETECTION_LOSSES)
-                left.plot(x, y, label=run.label, marker=_marker(x), **LOOKS[run.name])
+            if run.name in style:
+                metrics = read_metrics(run.folder)
+                x, y = series(metrics, own_losses(metrics, run.methods))
+                left.plot(x, y, label=run.label, marker=_marker(x), **style[run.name])
         _label(left, "Each model's own detection loss")
-        left.set_ylabel("loss (sum of 4 terms)")
-        left.set_ylim(bottom=0)
-        left.legend()
+        left.set_ylabel("loss (sum of its terms)")
 
-        era = next((run for run in runs if run.name == "era"), None)
-        metrics = read_metrics(era.folder) if era else []
-        colours = (BLUE, SKY, ORANGE, GREEN, PURPLE)
-        for (name, label), colour in zip(ERA_LOSSES.items(), colours, strict=True):
+        metrics = read_metrics(distilled.folder)
+        for index, (name, label) in enumerate(method_losses(metrics, distilled.methods).items()):
             x, y = series(metrics, [name])
-            if len(x):
-                right.plot(x, y, label=label, color=colour, marker=_marker(x))
-        _label(right, "What ERA adds to it (ERA student)")
+            right.plot(x, y, label=label, color=COLOURS[index % len(COLOURS)], marker=_marker(x))
+        _label(right, f"What distillation adds to it ({distilled.label})")
         right.set_ylabel("weighted loss")
-        right.set_ylim(bottom=0)
-        if right.lines:
-            right.legend()
+        for axis in (left, right):
+            axis.set_ylim(bottom=0)
+            if axis.lines:
+                axis.legend()
         figure.savefig(path, dpi=DPI)
 
 
-def write_residuals(runs: Sequence[Run], path: Path) -> None:
-    """Distance of every estimate to the teacher's features, for the ERA trainings."""
-    chosen = []
-    for run in runs:
-        curves = residual_series(read_metrics(run.folder)) if run.name in LOOKS else []
-        if curves:
-            chosen.append((run, curves))
+def write_charts(runs: Sequence[Run], path: Path) -> None:
+    """The charts of the runs' methods, a column a run; no file if no run has any."""
+    panels = [
+        [(run, chart) for chart in method_charts(run.methods)] for run in runs if run.iterations
+    ]
+    panels = [column for column in panels if column]
+    if not panels:
+        return
+    rows = max(map(len, panels))
     with matplotlib.rc_context(STYLE):
-        panels = max(1, len(chosen))
-        figure = Figure(figsize=(5.5 * panels, 4.4), layout="constrained")
-        axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-        for axis, (run, curves) in zip(axes, chosen, strict=False):
-            # From light to dark, as the estimates come closer.
-            shades = matplotlib.colormaps["viridis_r"](np.linspace(0.12, 0.95, len(curves)))
-            for step, ((x, y), shade) in enumerate(zip(curves, shades, strict=True)):
-                name = "$e_0$ (no branch)" if step == 0 else f"$e_{step}$"
-                axis.plot(x, y, color=shade, label=name, marker=_marker(x))
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
-            _label(axis, f"{run.label}: what is left after each branch")
-            axis.legend(title="estimate")
-        axes[0].set_ylabel("mean of $(F_T - e_i)^2$ over the FPN levels")
+        figure = Figure(figsize=(5.5 * len(panels), 4.4 * rows), layout="constrained")
+        axes = figure.subplots(rows, len(panels), sharey="row", squeeze=False)
+        for column, axis_column in zip(panels, axes.T, strict=True):
+            for axis in axis_column[len(column) :]:
+                axis.set_axis_off()
+            for (run, chart), axis in zip(column, axis_column, strict=False):
+                curves = chart_series(read_metrics(run.folder), chart)
+                # From light to dark, in the order of the curves.
+                shades = matplotlib.colormaps["viridis_r"](np.linspace(0.12, 0.95, len(curves)))
+                for (name, x, y), shade in zip(curves, shades, strict=True):
+                    axis.plot(x, y, color=shade, label=name, marker=_marker(x))
+                if chart.log_scale and curves:
+                    axis.set_yscale("log")
+                    axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
+                    axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+                _label(axis, f"{run.label}: {chart.title}")
+                axis.set_ylabel(chart.y_label)
+                if curves:
+                    axis.legend()
         figure.savefig(path, dpi=DPI)
 
 
-def write_ap(rows: Sequence[Row], path: Path) -> None:
-    """AP as bars: plain against ERA, those that inherited apart; the teacher as a line."""
-    groups = [[row for row in rows if row.inherited == NOTHING and row.name != "teacher"]]
-    groups.append([row for row in rows if row.inherited != NOTHING])
-    groups = [group for group in groups if group]
+def write_ap(rows: Sequence[Row], runs: Sequence[Run], found: Sequence[Gain], path: Path) -> None:
+    """AP of the students as bars, with their gains, by what they inherited; the teacher as a line."""
+    teacher = next((run.name for run in runs if run.is_teacher), None)
+    origin = {run.name: run.evaluates or run.name for run in runs}
+    style, points = looks(runs), {gain.run: gain.points for gain in found}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.name != teacher:
+            groups.setdefault(row.inherited, []).append(row)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
-        names, where, centres, x = [], [], [], 0.0
-        for group in groups:
-            first = x
+        names, where, x = [], [], 0.0
+        for inherited, group in groups.items():
+            centre = x + (len(group) - 1) / 2
             for row in group:
-                colour = LOOKS[row.name]["color"] if row.name in LOOKS else SKY
-                axis.bar(x, row.ap, width=0.78, color=colour)
+                # A model that is an evaluation of another is paler than that one.
+                alpha = 1.0 if origin[row.name] == row.name else 0.55
+                colour = style[origin[row.name]]["color"]
+                axis.bar(x, row.ap, width=0.78, color=colour, alpha=alpha)
+                text = f"{row.ap:.1f}"
+                if row.name in points:
+                    text += f"\n({round(points[row.name], 1) + 0.0:+.1f})"
                 axis.annotate(
-                    f"{row.ap:.1f}", (x, row.ap), (0, 3), textcoords="offset points",
+                    text, (x, row.ap), (0, 3), textcoords="offset points",
                     ha="center", va="bottom", fontweight="bold",
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
                 )  # fmt: skip
-                names.append(_bar_name(row))
+                names.append(textwrap.fill(row.label, 13))
                 where.append(x)
                 x += 1
-            centres.append((first + x - 1) / 2)
             x += 0.7
-        axis.set_xticks(where, names)
-        axis.tick_params(axis="x", length=0)
-        for centre, group in zip(centres, groups, strict=True):
-            inherited = group[0].inherited
             text = "nothing inherited" if inherited == NOTHING else f"inherited: {inherited}"
-            gain = next((g["gain"] for g in gains(rows) if g["inherited"] == inherited), None)
-            text += "" if gain is None else f"\nERA {round(gain, 1) + 0.0:+.1f} points"
             axis.annotate(
-                text, (centre, 0), (0, -32), xycoords=("data", "axes fraction"),
+                text, (centre, 0), (0, -62), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha="center", va="top", color="#444444", fontsize=10,
-                linespacing=1.5,
             )  # fmt: skip
-        teacher = next((row for row in rows if row.name == "teacher"), None)
-        if teacher:
-            axis.axhline(teacher.ap, color=GREY, linestyle=":", linewidth=1.6, zorder=0)
-            axis.annotate(
-                f"teacher {teacher.ap:.1f}\n({teacher.iterations} iterations)",
-                (1, teacher.ap), (4, 0), xycoords=("axes fraction", "data"),
-                textcoords="offset points", va="center", color=GREY, fontsize=9.5,
-            )  # fmt: skip
+        axis.set_xticks(where, names, fontsize=9)
+        axis.tick_params(axis="x", length=0)
+        for row in rows:
+            if row.name == teacher:
+                axis.axhline(row.ap, color=GREY, linestyle=":", linewidth=1.6, zorder=0)
+                axis.annotate(
+                    f"teacher {row.ap:.1f}\n({row.iterations} iterations)",
+                    (1, row.ap), (4, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", va="center", color=GREY, fontsize=9.5,
+                )  # fmt: skip
         top = max([row.ap for row in rows if row.ap == row.ap], default=1.0)
-        axis.set_ylim(0, max(top * 1.14, 1.0))
+        axis.set_ylim(0, max(top * 1.2, 1.0))
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("box AP (points)")
-        counts = sorted({row.iterations for row in rows if row.name != "teacher"})
-        axis.set_title(f"Box AP of the students after {' / '.join(map(str, counts))} iterations")
+        counts = sorted({row.iterations for row in rows if row.name != teacher})
+        after = " / ".join(map(str, counts))
+        axis.set_title(f"Box AP of the students after {after} iterations, and gains")
         figure.savefig(path, dpi=DPI)
-
-
-def _bar_name(row: Row) -> str:
-    if row.name == "era_alpha1":
-        return "ERA\nα = 1"
-    return "ERA" if row.name.startswith("era") else "plain"
 
 
 def _label(axis: Axes, title: str) -> None:

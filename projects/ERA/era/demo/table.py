@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from era.runs import tables
 from era.runs.measure import Measurement
-from era.runs.metrics import AP_NAMES, read_ap, read_metrics, step_seconds
+from era.runs.metrics import read_ap, read_metrics, step_seconds
 from era.runs.plan import NOTHING, Run
 
-# The pairs that differ in distillation alone: plain student, ERA student.
-PAIRS = (("plain", "era"), ("plain_init", "era_init"))
 CLEARLY = 1.0  # AP points from which on a gain is called clear
 
 
@@ -50,7 +49,7 @@ def gather(runs: Sequence[Run], measured: dict[str, Measurement]) -> list[Row]:
                 name=run.name,
                 label=run.label,
                 inherited=run.inherited,
-                iterations=run.iterations or steps.get(run.depends_on or "", 0),
+                iterations=steps.get(run.evaluates or run.name, 0),
                 ap=ap["AP"],
                 ap50=ap["AP50"],
                 ap75=ap["AP75"],
@@ -62,50 +61,53 @@ def gather(runs: Sequence[Run], measured: dict[str, Measurement]) -> list[Row]:
     return rows
 
 
-def gains(rows: Sequence[Row]) -> list[dict]:
-    """For every pair that is there: AP of ERA minus AP of the plain student.
+@dataclass(frozen=True)
+class Gain:
+    """AP of one run minus AP of the run that it is compared with, in points."""
 
-    Returns:
-        Dicts with ``plain`` and ``era`` (AP), ``gain`` (points), ``inherited``, ``iterations`` and
-        ``sentence``.
+    run: str
+    reference: str
+    points: float
+    sentence: str
+
+
+def gains(rows: Sequence[Row], compare: dict[str, str]) -> list[Gain]:
+    """The gains of the pairs that are there.
+
+    Args:
+        compare: name of a run -> name of the run that it is compared with.
     """
     by_name = {row.name: row for row in rows}
-    found = []
-    for plain_name, era_name in PAIRS:
-        plain, era = by_name.get(plain_name), by_name.get(era_name)
-        if plain and era:
-            found.append(
-                {
-                    "plain": plain.ap,
-                    "era": era.ap,
-                    "gain": era.ap - plain.ap,
-                    "inherited": era.inherited,
-                    "iterations": era.iterations,
-                    "sentence": _sentence(plain, era),
-                }
-            )
-    return found
+    return [
+        Gain(name, reference, by_name[name].ap - by_name[reference].ap,
+             _sentence(by_name[name], by_name[reference]))
+        for name, reference in compare.items()
+        if name in by_name and reference in by_name
+    ]  # fmt: skip
 
 
-def _sentence(plain: Row, era: Row) -> str:
-    if plain.iterations == era.iterations:
-        when = f"At equal iterations ({era.iterations})"
+def _sentence(row: Row, reference: Row) -> str:
+    if row.iterations == reference.iterations:
+        when = f"At equal iterations ({row.iterations})"
     else:
-        when = f"NOT at equal iterations (ERA {era.iterations}, plain {plain.iterations})"
-    start = (
-        "nothing inherited"
-        if era.inherited == NOTHING
-        else f"both starting from the teacher's {era.inherited}"
-    )
-    numbers = f"{era.ap:.1f} AP against {plain.ap:.1f} AP"
-    gain = round(era.ap - plain.ap, 1) + 0.0  # no "-0.0"
-    if gain >= CLEARLY:
-        verdict = f"ERA beats the plain student by {gain:+.1f} points"
-    elif gain > 0:
-        verdict = f"ERA is {gain:+.1f} points ahead of the plain student, which is not a clear win"
+        when = f"NOT at equal iterations ({row.iterations} against {reference.iterations})"
+    if row.inherited != reference.inherited:
+        start = f"NOT from an equal start (inherited {row.inherited} against {reference.inherited})"
+    elif row.inherited == NOTHING:
+        start = "nothing inherited"
     else:
-        verdict = f"ERA does NOT beat the plain student: {gain:+.1f} points"
-    return f"{when} and {start}, {verdict} ({numbers})."
+        start = f"both starting from the teacher's {row.inherited}"
+    points = round(row.ap - reference.ap, 1) + 0.0  # no "-0.0"
+    if points >= CLEARLY:
+        verdict = f'"{row.label}" beats "{reference.label}" by {points:+.1f} points'
+    elif points > 0:
+        verdict = (
+            f'"{row.label}" is {points:+.1f} points ahead of "{reference.label}", which is not a '
+            "clear win"
+        )
+    else:
+        verdict = f'"{row.label}" does NOT beat "{reference.label}": {points:+.1f} points'
+    return f"{when} and {start}, {verdict} ({row.ap:.1f} AP against {reference.ap:.1f} AP)."
 
 
 HEADINGS = (
@@ -119,73 +121,58 @@ HEADINGS = (
     "ms per training step",
     "ms per image",
 )
+SHORT_HEADINGS = (
+    "run",
+    "inherited from\nthe teacher",
+    *HEADINGS[2:7],
+    "ms per\nstep",
+    "ms per\nimage",
+)
+TEXTS = 2  # of these headings; the others are numbers
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> list[str]:
     """A row as text."""
-    return (
+    return [
         row.label,
         row.inherited,
         str(row.iterations),
-        *(_number(value, ".1f") for value in (row.ap, row.ap50, row.ap75)),
-        _number(row.parameters, ","),
-        _number(row.step_ms, ".0f"),
-        _number(row.image_ms, ".1f"),
-    )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or math.isnan(value) else format(value, form)
+        *(tables.number(value, ".1f") for value in (row.ap, row.ap50, row.ap75)),
+        tables.number(row.parameters, ","),
+        tables.number(row.step_ms, ".0f"),
+        tables.number(row.image_ms, ".1f"),
+    ]
 
 
 def terminal_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal: aligned, with headings over two lines."""
-    heads = (
-        ("", "run"),
-        ("inherited from", "the teacher"),
-        ("", "iterations"),
-        *(("", name) for name in AP_NAMES),
-        ("", "parameters"),
-        ("ms per", "step"),
-        ("ms per", "image"),
-    )
-    body = [cells(row) for row in rows]
-    widths = [max(map(len, [*heads[i], *(line[i] for line in body)])) for i in range(len(heads))]
-
-    def line(texts: Sequence[str]) -> str:
-        left = [f"{text:<{w}}" for text, w in zip(texts[:2], widths[:2], strict=True)]
-        right = [f"{text:>{w}}" for text, w in zip(texts[2:], widths[2:], strict=True)]
-        return "  ".join(left + right).rstrip()
-
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    top = [line([head[i] for head in heads]) for i in (0, 1)]
-    return "\n".join([*top, rule, *(line(texts) for texts in body), rule])
+    """The table for a terminal, long headings over two lines."""
+    return tables.terminal(SHORT_HEADINGS, [cells(row) for row in rows], texts=TEXTS)
 
 
-def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
+def markdown(rows: Sequence[Row], found: Sequence[Gain], notes: Sequence[str]) -> str:
     """The table as Markdown, with the sentences on the gains and notes below."""
-    align = ["---", "---"] + ["---:"] * (len(HEADINGS) - 2)
-    lines = [HEADINGS, align, *(cells(row) for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    sentences = "\n".join(f"- {gain['sentence']}" for gain in gains(rows))
+    table = tables.markdown(HEADINGS, [cells(row) for row in rows], texts=TEXTS)
+    sentences = "\n".join(f"- {gain.sentence}" for gain in found)
     more = "\n".join(f"- {note}" for note in notes)
     return f"# Demo results\n\n{table}\n\n{sentences}\n\nHow to read it:\n\n{more}\n"
 
 
-def results(rows: Sequence[Row], runs: Sequence[Run], about: dict) -> dict:
-    """Everything for ``results.json``: rows with their commands, the gains, and ``about`` as it is."""
+def write(
+    folder: Path, rows: Sequence[Row], runs: Sequence[Run], found: Sequence[Gain], about: dict
+) -> None:
+    """Write ``table.md`` and ``results.json``.
+
+    Args:
+        about: what ``results.json`` says besides; ``notes`` in it, a list of sentences, is in both.
+    """
+    (folder / "table.md").write_text(markdown(rows, found, about["notes"]), encoding="utf-8")
     commands = {run.name: list(run.command) for run in runs}
-    return {
+    results = {
         **about,
         "runs": [{**asdict(row), "command": commands[row.name]} for row in rows],
-        "gains": gains(rows),
+        "gains": [asdict(gain) for gain in found],
     }
-
-
-def write(folder: Path, rows: Sequence[Row], runs: Sequence[Run], about: dict) -> None:
-    """Write ``table.md`` and ``results.json``; ``about`` holds ``notes``, a list of sentences."""
-    (folder / "table.md").write_text(markdown(rows, about["notes"]), encoding="utf-8")
-    text = json.dumps(_without_nan(results(rows, runs, about)), indent=1, ensure_ascii=False)
+    text = json.dumps(_without_nan(results), indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,25 +1,28 @@
-"""Run the demo's processes side by side, the longest way first, and tell how long it will take."""
+"""Run the processes of a plan side by side, the longest way first; resumable, and stopped together."""
 
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
 
 from era.errors import UserError
+from era.runs.folder import is_finished, mark_finished, remove
 from era.runs.metrics import read_metrics, step_seconds, steps_done
-from era.runs.plan import Run, is_finished, mark_finished, remove
-from era.runs.progress import RunView, Screen
+from era.runs.plan import Run
+from era.runs.progress import Progress
 
-# Priors, until something is measured, in seconds on a slow core.
-STEP_SECONDS = 0.3  # one step of a run of cost 1
-OVERHEAD_SECONDS = 30.0  # start-up and evaluation of a run
-FINISH_SECONDS = 30.0  # what follows the last run: timing, figures, pictures
 STOP_SECONDS = 10.0  # a child that was asked to stop is killed after that
 TAIL_LINES = 12  # of a failed run's log
+INTERRUPTED = 130  # exit status
 
 
 @dataclass
@@ -32,102 +35,23 @@ class State:
     seconds: float | None = None  # wall time of the complete run
     reused: bool = False
     steps: int = 0
-    step_seconds: float | None = None
 
     @property
     def is_done(self) -> bool:
-        """Complete, now or in an earlier demo."""
+        """Complete, now or by an earlier call."""
         return self.reused or self.seconds is not None
 
-    def view(self) -> RunView:
-        """As it is shown."""
-        if self.is_done:
-            name = "reused" if self.reused else "done"
-        elif self.process is None:
-            name = "waiting"
-        else:
-            name = "evaluating" if self.steps >= self.run.iterations else "running"
-        return RunView(self.run.name, self.steps, self.run.iterations, name)
+    @property
+    def is_running(self) -> bool:
+        """Started and not complete."""
+        return self.process is not None and not self.is_done
 
-
-def estimate_left(states: Sequence[State], now: float) -> dict[str, float]:
-    """Seconds that each run still needs, waiting for others not counted.
-
-    A run's own steps tell it best; before that, a measured run of the same cost; before that, the
-    priors, scaled by what is measured at all.
-    """
-    measured = [s for s in states if s.step_seconds and s.run.cost]
-    scale = statistics.median([s.step_seconds / s.run.cost for s in measured] or [STEP_SECONDS])
-    overheads = [
-        max(0.0, s.seconds - s.run.iterations * (s.step_seconds or 0.0))
-        for s in states
-        if s.seconds is not None and (s.step_seconds or not s.run.iterations)
-    ]
-    overhead = statistics.mean(overheads) if overheads else OVERHEAD_SECONDS
-    left = {}
-    for state in states:
-        run = state.run
-        if state.is_done:
-            left[run.name] = 0.0
-            continue
-        alike = [s.step_seconds for s in measured if s.run.cost == run.cost]
-        per_step = state.step_seconds or (statistics.median(alike) if alike else scale * run.cost)
-        total = run.iterations * per_step + overhead
-        if state.process is None:
-            left[run.name] = total
-            continue
-        # By the clock, but never behind the steps that are known to be done; half the overhead is
-        # start-up. A run that takes longer than thought is taken to be nearly done.
-        by_steps = (run.iterations - state.steps) * per_step + overhead / 2
-        by_clock = total - (now - state.started)
-        best = min(by_steps, max(by_clock, by_steps - 25 * per_step)) if state.steps else by_clock
-        left[run.name] = max(1.0, best)
-    return left
-
-
-def priorities(runs: Sequence[Run], left: dict[str, float]) -> dict[str, float]:
-    """Seconds of the longest chain that starts with each run: who has most behind it goes first."""
-    chain: dict[str, float] = {}
-
-    def length(run: Run) -> float:
-        if run.name not in chain:
-            after = [length(other) for other in runs if other.depends_on == run.name]
-            chain[run.name] = left[run.name] + max(after, default=0.0)
-        return chain[run.name]
-
-    for run in runs:
-        length(run)
-    return chain
-
-
-def next_run(runs: Sequence[Run], waiting: set[str], done: set[str], left: dict) -> Run | None:
-    """The run to start now: its dependency is done, and its chain is the longest."""
-    ready = [r for r in runs if r.name in waiting and (not r.depends_on or r.depends_on in done)]
-    chain = priorities(runs, left)
-    return max(ready, key=lambda run: chain[run.name], default=None)
-
-
-def makespan(
-    runs: Sequence[Run], left: dict[str, float], running: set[str], done: set[str], jobs: int
-) -> float:
-    """Seconds until all runs are done on ``jobs`` workers, if each needs what ``left`` says."""
-    done = set(done)
-    ends = {name: left[name] for name in running}
-    waiting = {r.name for r in runs} - done - set(ends)
-    now = 0.0
-    while waiting or ends:
-        while len(ends) < jobs:
-            run = next_run(runs, waiting, done, left)
-            if run is None:
-                break
-            waiting.remove(run.name)
-            ends[run.name] = now + left[run.name]
-        if not ends:
-            break  # a dependency that is no run of ours
-        first = min(ends, key=ends.__getitem__)
-        now = ends.pop(first)
-        done.add(first)
-    return now
+    @property
+    def where(self) -> str:
+        """For people, as ``student 120/800``."""
+        is_training = self.steps < self.run.iterations
+        at = f"{self.steps}/{self.run.iterations}" if is_training else "evaluating"
+        return f"{self.run.name} {at}"
 
 
 def execute(
@@ -135,20 +59,24 @@ def execute(
     *,
     jobs: int,
     cores: int,
-    screen: Screen,
     reuse: bool = False,
+    stream: TextIO | None = None,
     poll_seconds: float = 1.0,
     start: Callable[[Run, int], subprocess.Popen] | None = None,
 ) -> dict[str, State]:
-    """Run everything; returns the final states by name.
+    """Run everything.
 
     Args:
-        runs: each may depend on one other.
+        runs: each after those that it depends on.
         jobs: processes at a time.
         cores: CPU cores to share among them.
-        reuse: keep runs that an earlier demo completed, if nothing they follow from has changed.
+        reuse: keep runs that an earlier call completed, if nothing they follow from has changed.
+        stream: where progress is shown; None = standard output.
         poll_seconds: how often to look.
         start: starts a run on that many threads; :func:`start_process` unless a test says otherwise.
+
+    Returns:
+        The final states by name; each ``run`` with its iterations, where other runs decided on them.
 
     Raises:
         UserError: a run failed. On that, and on any other exception, the others are stopped.
@@ -156,39 +84,100 @@ def execute(
     start = start or start_process
     folder_of = {run.name: run.folder for run in runs}
     states = {run.name: State(run) for run in runs}
-    if reuse:
-        for run in runs:  # in order of dependency, so that a redone teacher redoes its students
-            needed = states[run.depends_on].reused if run.depends_on else True
-            if needed and is_finished(run, folder_of):
-                states[run.name].reused = True
-                _look(states[run.name])
-    began = time.monotonic()
+    for run in (
+        runs if reuse else ()
+    ):  # in order of dependency: a redone teacher redoes its students
+        if all(states[name].reused for name in run.depends_on):
+            state = states[run.name]
+            state.run = with_iterations(run, states)
+            state.reused = is_finished(state.run, folder_of)
+            state.steps = state.run.iterations if state.reused else 0
+    progress = Progress(*_count(states), stream)
     try:
         while True:
             for state in states.values():
-                if state.process is not None and not state.is_done:
-                    _look(state)
-                    _collect(state, folder_of, screen)
-            now = time.monotonic()
-            done = {name for name, s in states.items() if s.is_done}
-            running = {name for name, s in states.items() if s.process and not s.is_done}
-            left = estimate_left(list(states.values()), now)
-            while len(running) < jobs:
-                waiting = set(states) - done - running
-                run = next_run(runs, waiting, done, left)
-                if run is None:
-                    break
-                states[run.name].process = start(run, max(1, cores // jobs))
-                states[run.name].started = time.monotonic()
-                running.add(run.name)
-            rest = makespan(runs, left, running, done, jobs) + FINISH_SECONDS
-            screen.show((s.view() for s in states.values()), now - began, rest)
-            if len(done) == len(states):
+                if state.is_running:
+                    state.steps = steps_done(read_metrics(state.run.folder))
+                    _collect(state, folder_of, progress)
+            running = [state for state in states.values() if state.is_running]
+            while len(running) < jobs and (run := next_run(states)):
+                state = states[run.name]
+                state.run = with_iterations(run, states)
+                state.process = start(state.run, max(1, cores // jobs))
+                state.started = time.monotonic()
+                running.append(state)
+            progress.show(*_count(states), ", ".join(state.where for state in running))
+            if not running:
                 return states
             time.sleep(poll_seconds)
     finally:
         stop([s.process for s in states.values() if s.process is not None])
-        screen.close()
+        progress.close()
+
+
+def next_run(states: Mapping[str, State]) -> Run | None:
+    """The run to start now: all that it depends on is done, and most steps wait for it or are its own."""
+    runs = [state.run for state in states.values()]
+    behind: dict[str, int] = {}  # steps of the longest chain that begins with a run
+    for run in reversed(runs):
+        after = [behind[other.name] for other in runs if run.name in other.depends_on]
+        behind[run.name] = run.iterations + max(after, default=0)
+    ready = [
+        run
+        for run in runs
+        if states[run.name].process is None
+        and not states[run.name].reused
+        and all(states[name].is_done for name in run.depends_on)
+    ]
+    return max(ready, key=lambda run: behind[run.name], default=None)
+
+
+def with_iterations(run: Run, states: Mapping[str, State]) -> Run:
+    """A run that is to take as long as others, with the iterations for that, by their measured steps.
+
+    Raises:
+        UserError: those trained for too short to measure a step.
+    """
+    if not run.time_of:
+        return run
+    step = []
+    for names in (run.time_of, run.step_of):
+        times = [step_seconds(read_metrics(states[name].run.folder)) for name in names]
+        if None in times:
+            raise UserError(
+                f"{names[times.index(None)]} wrote no time of a step into its metrics.json, which "
+                f"{run.name} needs: let it train for more iterations."
+            )
+        step.append(statistics.median(times))
+    iterations = round(states[run.time_of[0]].run.iterations * step[0] / step[1])
+    more = ("SOLVER.MAX_ITER", str(iterations))
+    return replace(
+        run, iterations=iterations, opts=(*run.opts, *more), command=(*run.command, *more)
+    )
+
+
+@contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the program with one sentence, after what runs was stopped.
+
+    Raises:
+        SystemExit: with status 130.
+    """
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; what is complete stays in {output}, and --reuse goes on from there.",
+            file=sys.stderr,
+        )
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start_process(run: Run, threads: int) -> subprocess.Popen:
@@ -223,26 +212,27 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _look(state: State) -> None:
-    metrics = read_metrics(state.run.folder)
-    state.steps = steps_done(metrics)
-    state.step_seconds = step_seconds(metrics)
+def _count(states: Mapping[str, State]) -> tuple[int, int]:
+    """Optimiser steps of all runs, and how many of them are done."""
+    return (
+        sum(state.run.iterations for state in states.values()),
+        sum(state.run.iterations if state.is_done else state.steps for state in states.values()),
+    )
 
 
-def _collect(state: State, folder_of: dict, screen: Screen) -> None:
+def _collect(state: State, folder_of: Mapping[str, Path], progress: Progress) -> None:
     code = state.process.poll()
     if code is None:
         return
     run = state.run
     if code != 0:
         lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        screen.say("\n".join(f"  {run.name}: {line}" for line in lines[-TAIL_LINES:]))
+        progress.say("\n".join(f"  {run.name}: {line}" for line in lines[-TAIL_LINES:]))
         how = f"exit status {code}" if code > 0 else f"signal {-code}"
         raise UserError(
-            f"the demo's run {run.name!r} failed ({how}), its last lines are above and the whole log "
-            f"is {run.log}: mend what it names, then go on with --reuse."
+            f"the run {run.name!r} failed ({how}), its last lines are above and the whole log is "
+            f"{run.log}: mend what it names, then go on with --reuse."
         )
     state.seconds = time.monotonic() - state.started
     mark_finished(run, folder_of, state.seconds)
-    if not screen.is_tty:
-        screen.say(f"{run.name}: done in {state.seconds:.0f} s")
+    progress.say(f"{run.name}: done in {state.seconds:.0f} s")

@@ -18,6 +18,7 @@ from torch import nn
 from era.addresses import check_bases
 from era.engine.preflight import build_for_evaluation
 from era.engine.trainer import STUDENT_FOLDER
+from era.modeling.distiller import Distiller
 from era.runs.plan import Run
 
 IMAGES = 40  # per model
@@ -28,7 +29,7 @@ WARM_UP = 5  # images per model whose time does not count
 class Measurement:
     """What a model costs where it is used."""
 
-    parameters: int  # of everything that inference runs
+    parameters: int | None  # of everything that inference runs; None = not known
     image_seconds: float  # median, batch of one image
 
 
@@ -51,7 +52,8 @@ def load(run: Run) -> nn.Module:
     """A run's model as one would deploy it, in eval mode.
 
     A training's model is its plain student, read by stock Detectron2 alone: that it loads shows that it
-    is an ordinary detector. The model at alpha above 0 is the distiller, with the teacher's heads.
+    is an ordinary detector. What an evaluation evaluates, such as a student with the teacher's heads, is
+    the ordinary model that the method makes of it; where it makes none, the distiller itself.
     """
     if run.iterations:
         cfg = get_cfg()
@@ -60,23 +62,23 @@ def load(run: Run) -> nn.Module:
         cfg.merge_from_file(str(folder / "config.yaml"), allow_unsafe=False)
         model = build_model(cfg)
         DetectionCheckpointer(model).load(str(folder / "model_final.pth"))
-    else:
-        cfg = run.config
-        if not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
-        model = build_for_evaluation(cfg, resume=False)
+        return model.eval()
+    cfg = run.config.clone()
+    cfg.defrost()
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    model = build_for_evaluation(cfg, resume=False).eval()
+    if isinstance(model, Distiller):
+        made = [method.deployable(model.detector) for method in model.methods.values()]
+        model = next((deployable for deployable in made if deployable is not None), model)
     return model.eval()
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters that inference uses: of a distiller at alpha 1, the student's backbone, the estimator
-    and the teacher's heads."""
-    modules: list[nn.Module] = [model]
-    if hasattr(model, "teacher"):
-        heads = model.teacher.model
-        modules = [model.student.backbone, heads.proposal_generator, heads.roi_heads]
-        modules += [method.estimator for method in model.methods.values()]
-    return sum(p.numel() for module in modules for p in module.parameters())
+def count_parameters(model: nn.Module) -> int | None:
+    """Parameters that inference uses; None of a distiller, which holds more than that."""
+    if isinstance(model, Distiller):
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()

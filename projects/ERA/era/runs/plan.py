@@ -1,48 +1,32 @@
-"""What the demo trains: its runs, their command lines, and the folder that they write to."""
+"""Plans of runs: what a study or the demo trains, as a YAML file says it, and the processes that do it.
+
+``studies/demo.yaml`` explains the entries of a plan. :func:`read_plan` checks them, :func:`make_runs` turns
+the plan into :class:`Run` s, each one process of ``tools/train_net.py``.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
-import shutil
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
-from era.config import load_config
-from era.engine.trainer import STUDENT_FOLDER
+from era.config import load_config, validate_config
 from era.errors import UserError
+from era.runs.schema import Plan
 
-MARKER = ".era-demo"  # lies in every folder that the demo made itself
-STAMP = "demo_run.json"  # lies in every run's folder once that run is complete
 LOG = "train.log"  # what a run would have written to the screen
-
-# Keys that the demo sets itself, and what to use instead of overriding them.
-
-# Everything that the demo writes, so that it replaces nothing else.
-RUN_NAMES = ("teacher", "plain", "era", "era_alpha1", "plain_init", "era_init")
-PRODUCTS = (
-    "table.md",
-    "results.json",
-    "report.html",
-    "losses.png",
-    "residuals.png",
-    "ap.png",
-    "pictures",
-    "deployed",
-)
-
-NOTHING, HEADS = "nothing", "RPN and ROI heads"
+FINAL = "model_final.pth"  # a training's last checkpoint, in its folder
+NOTHING = "nothing"
+INHERITED = {"none": NOTHING, "heads": "heads", "fpn_and_heads": "FPN and heads"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process of the demo: a training, or the evaluation of a trained model."""
+    """One process of a plan: a training, or the evaluation of a trained model."""
 
     name: str  # also its folder's name
     label: str  # in tables and figures
@@ -50,9 +34,15 @@ class Run:
     opts: tuple[str, ...]  # KEY, VALUE, KEY, VALUE, ...
     folder: Path
     iterations: int  # optimiser steps; 0 = evaluation only
-    cost: float  # prior: time of a step relative to the plain student's
+    variant: str = ""  # its name in the plan
+    seed: int | None = None  # None = the config's own
+    is_teacher: bool = False
+    methods: tuple[str, ...] = ()  # of distillation; none of a plain detector
     inherited: str = NOTHING  # weights of the teacher that the student started from
-    depends_on: str | None = None  # the run whose model it needs
+    depends_on: tuple[str, ...] = ()  # names of the runs that must be done before
+    evaluates: str | None = None  # the name of the run whose model it evaluates
+    time_of: tuple[str, ...] = ()  # it is to take as long as these, if a step takes as long as
+    step_of: tuple[str, ...] = ()  # one of these; ``iterations`` is then known when they are done
     command: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -60,98 +50,108 @@ class Run:
         """Where the process's own output goes."""
         return self.folder / LOG
 
-    @property
+    @cached_property
     def config(self) -> CfgNode:
-        """The resolved config."""
-        return load_config(self.config_file, self.opts)
+        """The resolved config, frozen."""
+        cfg = load_config(self.config_file, self.opts)
+        cfg.freeze()
+        return cfg
 
 
-def prepare_folder(output: Path, *, reuse: bool) -> IO[str]:
-    """Make the demo's folder, or clear away what an earlier demo wrote there.
+def make_runs(
+    plan: Plan,
+    output: Path,
+    *,
+    opts: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    only: Sequence[str] | None = None,
+    given: Mapping[str, Path] | None = None,
+) -> list[Run]:
+    """The runs of a plan, each after those that it depends on, with their configs checked.
 
     Args:
-        reuse: keep the runs of the earlier demo, see :func:`is_finished`.
-
-    Returns:
-        The marker file, locked; the folder is this process's own until it is closed.
+        output: folder of the plan's runs, absolute.
+        opts: overrides for every run, ``[KEY, VALUE, ...]``; they have the last word.
+        seeds: instead of the plan's.
+        only: names of variants; these alone, and what they depend on.
+        given: checkpoints that are there already, by the name of the variant that would be trained.
 
     Raises:
-        UserError: the folder is somebody else's, in use by another demo, or cannot be written.
+        UserError: a variant that the plan lacks, or a config that is wrong.
     """
-    marker = output / MARKER
-    try:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output {output} is a file: name a folder.")
-        if output.is_dir() and any(output.iterdir()) and not marker.is_file():
-            raise UserError(
-                f"--output {output} holds files that no demo wrote (there is no {MARKER} in it), so "
-                "nothing in it is replaced: name a new or an empty folder."
+    given = given or {}
+    seeds = tuple(seeds) or plan.seeds or (None,)
+
+    def name_of(variant: str, seed: int | None) -> str:
+        once = seed is None or plan.variants[variant].is_teacher
+        return variant if once else f"{variant}_seed{seed}"
+
+    runs = []
+    for variant in plan.choose(only):
+        for seed in (None,) if variant.is_teacher else seeds:
+            if variant.name in given:
+                continue
+            name = name_of(variant.name, seed)
+            own = ["OUTPUT_DIR", str(output / name)]
+            for key, source in variant.weights.items():
+                own += [key, str(given.get(source, output / name_of(source, seed) / FINAL))]
+            own += [*variant.overrides, *(() if seed is None else ("SEED", str(seed))), *opts]
+            cfg = _checked_config(name, variant.config, own)
+            paced = [tuple(name_of(other, s) for s in seeds) for other in variant.pace]
+            needed = [name_of(other, seed) for other in variant.needs if other not in given]
+            is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
+            mode = ["--eval-only"] if variant.evaluates else []
+            script = [sys.executable, "-u", "tools/train_net.py", "--config-file", variant.config]
+            runs.append(
+                Run(
+                    name=name,
+                    label=variant.label,
+                    config_file=variant.config,
+                    opts=tuple(own),
+                    folder=output / name,
+                    iterations=0 if variant.evaluates else cfg.SOLVER.MAX_ITER,
+                    variant=variant.name,
+                    seed=seed,
+                    is_teacher=variant.is_teacher,
+                    methods=tuple(cfg.MODEL.DISTILLER.METHODS) if is_distiller else (),
+                    inherited=INHERITED[cfg.MODEL.DISTILLER.INIT_STUDENT]
+                    if is_distiller
+                    else NOTHING,
+                    depends_on=tuple(dict.fromkeys(sum(paced, tuple(needed)))),
+                    evaluates=name_of(variant.evaluates, seed) if variant.evaluates else None,
+                    time_of=paced[0] if paced else (),
+                    step_of=paced[1] if paced else (),
+                    command=(*script, *mode, *own),
+                )
             )
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(marker, "a", encoding="utf-8")  # noqa: SIM115 -- held until the demo ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            lock.close()
-            raise UserError(
-                f"another demo is writing to {output}: wait for it, or name another --output."
-            ) from e
-        for name in PRODUCTS if reuse else RUN_NAMES + PRODUCTS:
-            remove(output / name)
-    except OSError as e:
+    return runs
+
+
+def _checked_config(name: str, config: str, opts: Sequence[str]) -> CfgNode:
+    cfg = load_config(config, opts)
+    validate_config(cfg)
+    if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
-            f"--output {output} cannot be written ({e.strerror}: {e.filename}): name a folder that "
-            "you may write to."
-        ) from e
-    return lock
+            f"DATASETS.TEST of the run {name} has {len(cfg.DATASETS.TEST)} datasets: a plan compares its "
+            "runs on exactly one; name one."
+        )
+    return cfg
 
 
-def remove(path: Path) -> None:
-    """Delete a file or folder if it is there; of a link, the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def check_overrides(plan: Plan, opts: Sequence[str]) -> None:
+    """Check overrides for every run of a plan.
 
-
-def identity(run: Run, folder_of: dict[str, Path]) -> dict:
-    """What a run's result follows from: command, whole config, data, and the run it builds upon."""
-    cfg = run.config
-    needed = folder_of[run.depends_on] / STAMP if run.depends_on else None
-    return {
-        "command": list(run.command),
-        "config_sha256": _sha256(cfg.dump().encode()),
-        "data": {name: _age(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
-        "after_sha256": _sha256(needed.read_bytes()) if needed and needed.is_file() else None,
-    }
-
-
-def is_finished(run: Run, folder_of: dict[str, Path]) -> bool:
-    """Whether the run's folder holds the complete result of exactly this run."""
-    try:
-        stamp = json.loads((run.folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    has_model = run.iterations == 0 or (run.folder / STUDENT_FOLDER / "model_final.pth").is_file()
-    return has_model and stamp.get("identity") == identity(run, folder_of)
-
-
-def mark_finished(run: Run, folder_of: dict[str, Path], seconds: float) -> None:
-    """Note that a run is complete, and how long it took."""
-    stamp = {"identity": identity(run, folder_of), "seconds": round(seconds, 3)}
-    partial = run.folder / (STAMP + ".partial")
-    partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-    os.replace(partial, run.folder / STAMP)
-
-
-def _age(dataset: str) -> list[int] | None:
-    """Size and time of a registered dataset's annotation file, which change when data is made anew."""
-    path = MetadataCatalog.get(dataset).get("json_file")
-    if not path or not os.path.isfile(path):
-        return None
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    Raises:
+        UserError: they are not pairs, or name a key that the plan sets itself.
+    """
+    if len(opts) % 2:
+        raise UserError(
+            f"the overrides {' '.join(opts)!r} are not pairs: give KEY VALUE KEY VALUE ..., options "
+            "such as --reuse before them."
+        )
+    own = {"OUTPUT_DIR": "--output sets it", "SEED": "an option sets it, see --help"}
+    for variant in plan.variants.values():
+        own |= dict.fromkeys(variant.weights, f"{plan.file} says from which run it comes")
+    for key in opts[::2]:
+        if key in own:
+            raise UserError(f"{key} cannot be overridden for every run: {own[key]}.")

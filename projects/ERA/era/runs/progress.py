@@ -1,98 +1,69 @@
-"""How far the runs are, and how that is shown: a block that renews itself, or a line now and then."""
+"""How far the runs are: one tqdm bar over the optimiser steps of all of them."""
 
 from __future__ import annotations
 
-import math
-import shutil
 import sys
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TextIO
 
-LINE_EVERY = 15.0  # seconds between two lines where the screen cannot be renewed
-BAR = 24  # width of a run's bar, characters
+from tqdm import tqdm
+
+LINE_EVERY = 15.0  # seconds between two lines where the output is no terminal
+LINE = "{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
 
 
-@dataclass(frozen=True)
-class RunView:
-    """One run as it is shown."""
+class Progress:
+    """Renews one line on a terminal; elsewhere, such as in a log file, writes a line now and then.
 
-    name: str
-    done: int  # optimiser steps
-    total: int  # optimiser steps, 0 for an evaluation
-    state: str  # waiting, running, evaluating, done, reused
+    The remaining time is by the average pace since the start, which has start-ups and evaluations in it.
 
-    def short(self) -> str:
-        """For a single line, as ``era 120/800``."""
-        if self.state == "running" and self.total:
-            return f"{self.name} {self.done}/{self.total}"
-        return f"{self.name} {self.state}"
+    Args:
+        total: optimiser steps of all runs.
+        done: how many of these were done before.
+    """
 
-    def long(self, width: int) -> str:
-        """For a line of its own, with a bar."""
-        done = self.state in ("done", "reused")
-        share = 1.0 if done else self.done / self.total if self.total else 0.0
-        full = round(share * BAR)
-        bar = "█" * full + "·" * (BAR - full)
-        steps = f"{self.done:5d}/{self.total} steps" if self.total and not done else ""
-        state = "" if self.state == "running" and self.total else self.state
-        return f"  {self.name:<{width}} {bar} {steps} {state}".rstrip()
-
-
-def duration(seconds: float) -> str:
-    """``3:10``, or ``1:02:03`` from an hour on."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def clock(elapsed: float, left: float) -> str:
-    """Elapsed and remaining time in words; the latter rounded, for it is an estimate."""
-    step = 10 if left < 600 else 30
-    rounded = math.ceil(left / step) * step
-    return f"{duration(elapsed)} elapsed, about {duration(rounded)} left"
-
-
-class Screen:
-    """Shows progress on a terminal as a block that renews itself, elsewhere as lines, not often."""
-
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None):
         self.stream = stream or sys.stdout
-        self.is_tty = self.stream.isatty()
-        self._height = 0  # of the block that is on the terminal
-        self._next_line = 0.0
+        self.is_terminal = self.stream.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            file=self.stream if self.is_terminal else _Lines(self.stream),
+            unit="step",
+            smoothing=0,
+            miniters=1,
+            mininterval=1.0 if self.is_terminal else LINE_EVERY,
+            dynamic_ncols=self.is_terminal,
+            bar_format=None if self.is_terminal else LINE,
+        )
 
-    def show(self, views: Iterable[RunView], elapsed: float, left: float) -> None:
-        """Show the state of all runs; ``elapsed`` and ``left`` in seconds."""
-        views = list(views)
-        if self.is_tty:
-            width = max(len(view.name) for view in views)
-            self._block([*(view.long(width) for view in views), f"  {clock(elapsed, left)}"])
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_EVERY
-            runs = "  ".join(view.short() for view in views if view.state != "waiting")
-            self._write(f"{runs} | {clock(elapsed, left)}\n")
+    def show(self, total: int, done: int, where: str) -> None:
+        """Show the state: steps of all runs, those that are done, and which run stands where."""
+        self._bar.total = total
+        self._bar.set_postfix_str(where, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if self.is_terminal:
+            self._bar.refresh()  # the clock goes on where no step was made
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._write(self._erase() + text + "\n")
+        """Lines that stay."""
+        tqdm.write(text, file=self.stream)
+        self.stream.flush()
 
     def close(self) -> None:
-        """Leave the block where it is; what follows goes below."""
-        self._height = 0
+        """Leave the bar where it is; what follows goes below."""
+        self._bar.close()
 
-    def _block(self, lines: list[str]) -> None:
-        columns = shutil.get_terminal_size().columns
-        text = "".join(line[: columns - 1] + "\n" for line in lines)
-        self._write(self._erase() + text)
-        self._height = len(lines)
 
-    def _erase(self) -> str:
-        height, self._height = self._height, 0
-        return f"\x1b[{height}F\x1b[J" if height else ""
+class _Lines:
+    """A stream for tqdm in which every state is a line of its own, without control characters."""
 
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, errors="replace").decode(encoding))
-        self.stream.flush()
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)
+
+    def write(self, text: str) -> None:
+        if line := text.strip():  # carriage returns and the blanks that erase a longer line
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -1,7 +1,7 @@
-"""Studies on the toy data with several seeds: what ``tools/study.py`` does.
+"""Studies of several seeds: what ``tools/study.py`` does.
 
-One teacher is trained once; every variant is then trained from every seed, as real processes of
-``tools/train_net.py``, and the table gives every AP, the mean, and the time of a step.
+A plan of ``studies/`` says what is trained; every variant is trained from every seed, and the table gives
+every AP, the mean, the gain over the variant that it is compared with, and the time of a step.
 """
 
 from __future__ import annotations
@@ -10,58 +10,36 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from era.config import load_config
+from era import environment
 from era.engine.preflight import check_data
 from era.errors import UserError
-from era.runs.execute import execute
+from era.runs import tables
+from era.runs.execute import execute, interruptible
+from era.runs.folder import prepare_folder
 from era.runs.metrics import read_ap, read_metrics, step_seconds
-from era.runs.plan import HEADS, NOTHING, Run, prepare_folder
-from era.runs.progress import Screen
+from era.runs.plan import Run, make_runs
+from era.runs.schema import Plan, read_plan
 
-ERA, PLAIN = "configs/toy/era.yaml", "configs/toy/plain.yaml"
-NARROW, ALL = "MODEL.ERA.HIDDEN_CHANNELS", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE"
-NO_TWI = ("MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0")
-NO_BRANCHES = ("MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]")
-
-# study: {variant: (label, config, overrides)}
-STUDIES = {
-    "equal_time": {
-        "plain": ("plain student", PLAIN, ()),
-        "era": ("ERA", ERA, ()),
-        # "plain_equal_time" follows, with as many iterations as ERA's time allows
-    },
-    "narrow": {  # the same fractions of channels and proposals as 256 and 512 in a COCO model
-        "h64_p32": ("64 of 64 hidden channels, 32 of 32 proposals", ERA, (NARROW, "64", ALL, "0")),
-        "h16_p32": ("16 of 64, 32 of 32", ERA, (NARROW, "16", ALL, "0")),
-        "h8_p32": ("8 of 64, 32 of 32", ERA, (NARROW, "8", ALL, "0")),
-        "h16_p16": ("16 of 64, 16 of 32", ERA, (NARROW, "16", ALL, "16")),
-        "h16_p8": ("16 of 64, 8 of 32", ERA, (NARROW, "16", ALL, "8")),
-    },
-    "parts": {
-        "mimic": ("feature mimic alone", ERA, (*NO_BRANCHES, *NO_TWI)),
-        "twi": ("mimic and TWI on e_0, no MBRNet", ERA, NO_BRANCHES),
-        "residual": ("mimic and MBRNet, no TWI", ERA, NO_TWI),
-        "era": ("ERA", ERA, ()),
-        "era_kd": ("ERA and KD (w_k = 1)", ERA, ("MODEL.ERA.KD_WEIGHT", "1.0")),
-        "gn": ("ERA, GroupNorm in the branches", ERA, ("MODEL.ERA.NORM", "GN")),
-    },
-}
+PRODUCTS = ("table.md", "results.json")
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Options of ``tools/study.py``."""
     parser = argparse.ArgumentParser(
-        description="Train variants from several seeds on the generated toy data and compare their AP.",
-        epilog="A study takes from half an hour to hours on two cores; --reuse goes on after a stop.",
+        description="Train variants from several seeds and compare their AP, as a plan says.",
+        epilog="studies/demo.yaml explains the entries of a plan. A study takes from half an hour to hours "
+        "on two cores; --reuse goes on after a stop.",
     )
-    parser.add_argument("study", choices=sorted(STUDIES), help="which comparison")
+    parser.add_argument(
+        "study", help="a name in studies/, such as parts, or the path of a YAML file"
+    )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these of the study, by the names "
-                        "of its folders, e.g. h16_p32 h16_p8; default all")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
+                        "of its runs, and what they need; default all")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--output", type=Path, help="folder; default output/study/<study>")
     parser.add_argument("--teacher", type=Path, help="a trained teacher's model_final.pth to use")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
@@ -69,99 +47,74 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose(name: str, variants: Sequence[str] | None) -> dict[str, tuple]:
-    """A study, or some of its variants.
+@dataclass(frozen=True)
+class Entry:
+    """Results of one variant. AP in points of 100."""
+
+    name: str
+    label: str
+    inherited: str
+    iterations: int  # optimiser steps; 0 = evaluation only
+    seeds: tuple[int | None, ...]
+    ap: tuple[float, ...]  # by seed
+    mean: float
+    gain: (
+        float | None
+    )  # of the mean, over that of the variant it is compared with; None without one
+    step_ms: float | None  # median of the runs' medians
+
+
+def summarise(plan: Plan, runs: Sequence[Run]) -> list[Entry]:
+    """One entry a variant that is no teacher, in the plan's order.
 
     Raises:
-        UserError: the study has no such variant.
+        UserError: a run left no evaluation.
     """
-    study = STUDIES[name]
-    unknown = sorted(set(variants or ()) - set(study))
-    if unknown:
-        raise UserError(
-            f"--variants names {', '.join(unknown)}: the study {name} has {', '.join(study)}."
-        )
-    return {key: value for key, value in study.items() if not variants or key in variants}
-
-
-def make_runs(study: dict, seeds: Sequence[int], output: Path, teacher: Path | None) -> list[Run]:
-    """The study's runs; a run of the teacher first, unless there is one already."""
-    weights = teacher or output / "teacher" / "model_final.pth"
-    runs = []
-    if teacher is None:
-        runs.append(_run("teacher", "teacher", "configs/toy/teacher.yaml", (), output, 2.0))
-    for name, (label, config, opts) in study.items():
-        for seed in seeds:
-            own = ("SEED", str(seed), "MODEL.TEACHER.WEIGHTS", str(weights), *opts)
-            after = None if teacher or config == PLAIN else "teacher"
-            cost = 1.0 if config == PLAIN else 2.0
-            runs.append(_run(f"{name}_seed{seed}", label, config, own, output, cost, after))
-    return runs
-
-
-def _run(name, label, config, opts, output, cost, after=None) -> Run:
-    folder = output / name
-    opts = ("OUTPUT_DIR", str(folder), *opts)
-    cfg = load_config(config, opts)
-    return Run(
-        name=name,
-        label=label,
-        config_file=config,
-        opts=opts,
-        folder=folder,
-        iterations=cfg.SOLVER.MAX_ITER,
-        cost=cost,
-        inherited=HEADS if cfg.MODEL.DISTILLER.INIT_STUDENT != "none" else NOTHING,
-        depends_on=after,
-        command=(sys.executable, "-u", "tools/train_net.py", "--config-file", config, *opts),
-    )
-
-
-def summarise(study: dict, seeds: Sequence[int], runs: Sequence[Run]) -> list[dict]:
-    """One entry a variant: AP by seed, their mean and range, ms per step (median), iterations."""
-    by_name = {run.name: run for run in runs}
+    by_variant: dict[str, list[Run]] = {}
+    for run in runs:
+        if not run.is_teacher:
+            by_variant.setdefault(run.variant, []).append(run)
+    ap = {name: [read_ap(run)["AP"] for run in own] for name, own in by_variant.items()}
+    mean = {name: statistics.mean(values) for name, values in ap.items()}
     entries = []
-    for name, (label, _, _) in study.items():
-        own = [by_name[f"{name}_seed{seed}"] for seed in seeds]
-        aps = [read_ap(run)["AP"] for run in own]
+    for name, own in by_variant.items():
         steps = [step_seconds(read_metrics(run.folder)) for run in own]
+        measured = [1000 * seconds for seconds in steps if seconds is not None]
+        reference = mean.get(plan.compare.get(name, ""))
         entries.append(
-            {
-                "name": name,
-                "label": label,
-                "inherited": own[0].inherited,
-                "iterations": own[0].iterations,
-                "ap": aps,
-                "mean": statistics.mean(aps),
-                "step_ms": 1000 * statistics.median(s for s in steps if s),
-            }
+            Entry(
+                name=name,
+                label=own[0].label,
+                inherited=own[0].inherited,
+                iterations=own[0].iterations,
+                seeds=tuple(run.seed for run in own),
+                ap=tuple(ap[name]),
+                mean=mean[name],
+                gain=None if reference is None else mean[name] - reference,
+                step_ms=statistics.median(measured) if measured else None,
+            )
         )
     return entries
 
 
-def equal_time_variant(entries: Sequence[dict]) -> dict:
-    """The plain student with as many iterations as fit into ERA's training time, by measured steps."""
-    plain, era = (next(e for e in entries if e["name"] == n) for n in ("plain", "era"))
-    iterations = round(era["iterations"] * era["step_ms"] / plain["step_ms"])
-    label = (
-        f"plain student for ERA's time ({era['step_ms'] / plain['step_ms']:.2f} times the steps)"
-    )
-    return {"plain_equal_time": (label, PLAIN, ("SOLVER.MAX_ITER", str(iterations)))}
-
-
-def markdown(entries: Sequence[dict], seeds: Sequence[int]) -> str:
-    """The table."""
-    head = "| variant | inherited | iterations | ms a step | " + " | ".join(
-        f"AP, seed {s}" for s in seeds
-    )
-    lines = [head + " | mean |", "| --- " * (5 + len(seeds)) + "|"]
-    for e in entries:
-        aps = " | ".join(f"{ap:.1f}" for ap in e["ap"])
-        lines.append(
-            f"| {e['label']} | {e['inherited']} | {e['iterations']} | {e['step_ms']:.0f} | {aps} | "
-            f"{e['mean']:.1f} |"
+def table(plan: Plan, entries: Sequence[Entry]) -> str:
+    """The entries as a Markdown table."""
+    labels = {entry.name: entry.label for entry in entries}
+    seeds = [f"AP, seed {seed}" if seed is not None else "AP" for seed in entries[0].seeds]
+    headings = ["variant", "inherited", "iterations", "ms a step", *seeds, "mean", "gain", "over"]
+    rows = []
+    for entry in entries:
+        reference = labels.get(plan.compare.get(entry.name, ""), "")
+        rows.append(
+            [
+                *(entry.label, entry.inherited, str(entry.iterations)),
+                tables.number(entry.step_ms, ".0f"),
+                *(tables.number(ap, ".1f") for ap in (*entry.ap, entry.mean)),
+                tables.number(entry.gain, "+.1f"),
+                reference,
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return tables.markdown(headings, rows, texts=2)
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
@@ -170,39 +123,74 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     Args:
         root: top of the repository.
 
+    Returns:
+        Exit status.
+
     Raises:
-        UserError: options that do not fit, a folder that is not the study's, a run that failed.
+        UserError: options or a plan that do not fit, a folder that is not the study's, a run that failed.
     """
     args = argument_parser().parse_args(argv)
-    output = (args.output or root / "output" / "study" / args.study).expanduser().resolve()
-    teacher = args.teacher.expanduser().resolve() if args.teacher else None
-    if teacher and not teacher.is_file():
-        raise UserError(
-            f"--teacher {teacher} is no file: name a trained teacher's model_final.pth."
-        )
+    plan = read_plan(find_plan(args.study, root))
+    output = (args.output or root / "output" / "study" / plan.name).expanduser().resolve()
+    given = given_teacher(plan, args.teacher)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}: expected at least 1.")
-    study = choose(args.study, args.variants)
+    if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
+        raise UserError(f"--seeds is {args.seeds}: expected different numbers from 0 on.")
     os.chdir(root)
-    runs = make_runs(study, args.seeds, output, teacher)
-    lock = prepare_folder(output, reuse=args.reuse)
-    try:
-        cfg = load_config(PLAIN)
-        check_data(cfg, for_training=True)  # makes the toy data once, before all runs
-        options = {"jobs": args.jobs, "cores": os.cpu_count() or 1, "reuse": args.reuse}
-        execute(runs, screen=Screen(), **options)
-        entries = summarise(study, args.seeds, runs)
-        if {"plain", "era"} <= set(study):
-            longer = equal_time_variant(entries)
-            more = [
-                r for r in make_runs(longer, args.seeds, output, teacher) if r.name != "teacher"
-            ]
-            execute(more, screen=Screen(), **options)
-            entries += summarise(longer, args.seeds, more)
-        table = markdown(entries, args.seeds)
-        (output / "table.md").write_text(table, encoding="utf-8")
-        (output / "results.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    finally:
-        lock.close()
-    print(table)
+    runs = make_runs(plan, output, seeds=args.seeds or (), only=args.variants, given=given)
+    with (
+        prepare_folder(output, runs=runs, products=PRODUCTS, reuse=args.reuse),
+        interruptible(output),
+    ):
+        check_data(runs[0].config, for_training=True)  # makes the toy data once, before all runs
+        states = execute(runs, jobs=args.jobs, cores=environment.usable_cores(), reuse=args.reuse)
+        entries = summarise(plan, [state.run for state in states.values()])
+        text = table(plan, entries)
+        (output / "table.md").write_text(f"# {plan.title}\n\n{text}\n", encoding="utf-8")
+        results = {
+            "plan": str(plan.file),
+            "versions": environment.versions(),
+            "machine": environment.machine(),
+            "variants": [asdict(entry) for entry in entries],
+        }
+        (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(text)
     return 0
+
+
+def find_plan(study: str, root: Path) -> Path:
+    """The plan's file, by a name in ``studies/`` or a path.
+
+    Raises:
+        UserError: it is neither.
+    """
+    named = root / "studies" / f"{study}.yaml"
+    for path in (named, Path(study).expanduser()):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in named.parent.glob("*.yaml")))
+    raise UserError(
+        f"there is no study {study!r}: name one of {known}, or the path of a YAML file."
+    )
+
+
+def given_teacher(plan: Plan, weights: Path | None) -> dict[str, Path]:
+    """The checkpoint that ``--teacher`` names, by the name of the plan's teacher.
+
+    Raises:
+        UserError: it is no file, or it is not clear which teacher it is.
+    """
+    if weights is None:
+        return {}
+    weights = weights.expanduser().resolve()
+    if not weights.is_file():
+        raise UserError(
+            f"--teacher {weights} is no file: name a trained teacher's model_final.pth."
+        )
+    if len(plan.teachers) != 1:
+        raise UserError(
+            f"--teacher is for a plan that trains one: {plan.file} trains {len(plan.teachers)}; leave the "
+            "option out."
+        )
+    return {plan.teachers[0].name: weights}

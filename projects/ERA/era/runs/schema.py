@@ -1,0 +1,204 @@
+"""The entries of a plan's YAML file, read and checked; ``studies/demo.yaml`` explains them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from era.errors import UserError
+
+PLAN_ENTRIES = ("title", "notes", "seeds", "baseline", "compare", "runs")
+RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
+ROLES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One entry below ``runs``: trained or evaluated once, or once a seed."""
+
+    name: str
+    label: str
+    config: str  # path from the repository's root
+    overrides: tuple[str, ...] = ()  # KEY, VALUE, KEY, VALUE, ...
+    weights: dict[str, str] = field(default_factory=dict)  # config key -> variant it comes from
+    evaluates: str | None = None  # the variant whose model it evaluates, without training
+    is_teacher: bool = False
+    pace: tuple[
+        str, ...
+    ] = ()  # (time_of, step_of): variants that say how many iterations it trains
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Variants whose run of the same seed must be done before; that which it evaluates comes last."""
+        return tuple(dict.fromkeys(self.weights.values()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan."""
+
+    file: Path
+    title: str
+    notes: tuple[str, ...]  # sentences that a reader of the results must know
+    seeds: tuple[int, ...]  # () = one run a variant, with its config's own seed
+    baseline: str
+    compare: dict[str, str]  # variant -> the one that its gain is counted from
+    variants: dict[str, Variant]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
+
+    @property
+    def teachers(self) -> list[Variant]:
+        """Variants that are trained once for all seeds, and not compared."""
+        return [v for v in self.variants.values() if v.is_teacher]
+
+    def choose(self, only: Sequence[str] | None) -> list[Variant]:
+        """Some of the variants with all that they need, in the plan's order; None = all.
+
+        Raises:
+            UserError: there is no such variant.
+        """
+        wanted = set(self.variants if only is None else only)
+        if unknown := sorted(wanted - set(self.variants)):
+            raise UserError(
+                f"{self.file} has no run {', '.join(unknown)}: it has {', '.join(self.variants)}."
+            )
+        for variant in reversed(self.variants.values()):  # what a variant needs stands above it
+            if variant.name in wanted:
+                wanted |= {*variant.needs, *variant.pace}
+        return [v for v in self.variants.values() if v.name in wanted]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        UserError: one sentence about the first mistake, with the file and the entry.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(
+            f"the plan {path} cannot be read ({e.strerror}): name a YAML file such as studies/demo.yaml."
+        ) from e
+    except (yaml.YAMLError, ValueError) as e:
+        raise UserError(
+            f"the plan {path} is not YAML ({' '.join(str(e).split())}): correct it."
+        ) from e
+    return _Reader(path).plan(value)
+
+
+class _Reader:
+    """Checks the values of one file; ``where`` names an entry as ``runs.era.weights``."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def plan(self, value: Any) -> Plan:
+        plan = self.mapping(value, "the plan", PLAN_ENTRIES)
+        variants: dict[str, Variant] = {}
+        for name, entry in self.mapping(plan.get("runs"), "runs").items():
+            fits = re.fullmatch(r"\w[\w-]*", name) is not None
+            self.expect(fits, "a name below runs", name, "letters, digits, _ and -, for a folder")
+            variants[name] = self.variant(name, entry, variants)
+        students = [name for name, v in variants.items() if not v.is_teacher]
+        baseline = self.one_of(plan.get("baseline"), "baseline", students)
+        others = {name: baseline for name in students if name != baseline}
+        compare = self.mapping(plan.get("compare", others), "compare")
+        for name, reference in compare.items():
+            self.one_of(name, "a name in compare", students)
+            self.one_of(reference, f"compare.{name}", [s for s in students if s != name])
+        seeds = self.items(
+            plan.get("seeds", []), "seeds", int, "a list of different numbers from 0 on"
+        )
+        fits = len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
+        self.expect(fits, "seeds", seeds, "a list of different numbers from 0 on")
+        return Plan(
+            file=self.file,
+            title=self.text(plan.get("title"), "title"),
+            notes=tuple(self.items(plan.get("notes", []), "notes", str, "a list of sentences")),
+            seeds=tuple(seeds),
+            baseline=baseline,
+            compare=compare,
+            variants=variants,
+        )
+
+    def variant(self, name: str, value: Any, above: dict[str, Variant]) -> Variant:
+        where = f"runs.{name}"
+        entry = self.mapping(value, where, RUN_ENTRIES)
+        label = self.text(entry.get("label"), f"{where}.label")
+        overrides: list[str] = []
+        for key, override in self.mapping(entry.get("overrides", {}), f"{where}.overrides").items():
+            overrides += [key, str(override)]
+        if "evaluate" in entry:
+            source = self.one_of(entry["evaluate"], f"{where}.evaluate", above)
+            for other in ("config", "weights", "iterations", "role"):
+                self.expect(
+                    other not in entry, f"{where}.{other}", entry.get(other), f"no such entry beside evaluate, which takes {source!r} as it is"
+                )  # fmt: skip
+            trained = above[source]
+            return replace(
+                trained,
+                name=name,
+                label=label,
+                overrides=(*trained.overrides, *overrides),
+                weights={**trained.weights, "MODEL.WEIGHTS": source},
+                evaluates=source,
+                pace=(),
+            )
+        weights = self.mapping(entry.get("weights", {}), f"{where}.weights")
+        for key, source in weights.items():
+            self.one_of(source, f"{where}.weights.{key}", above)
+        pace: tuple[str, ...] = ()
+        if "iterations" in entry:
+            place, keys = f"{where}.iterations", ("time_of", "step_of")
+            given = self.mapping(entry["iterations"], place, keys)
+            trained = [n for n, v in above.items() if not v.evaluates and not v.is_teacher]
+            pace = tuple(self.one_of(given.get(key), f"{place}.{key}", trained) for key in keys)
+        return Variant(
+            name=name,
+            label=label,
+            config=self.text(entry.get("config"), f"{where}.config"),
+            overrides=tuple(overrides),
+            weights=weights,
+            is_teacher=self.one_of(entry.get("role", ROLES[0]), f"{where}.role", ROLES)
+            == "teacher",
+            pace=pace,
+        )
+
+    def expect(self, fits: bool, where: str, found: Any, expected: str) -> None:
+        if not fits:
+            shown = "missing" if found is None else repr(found)
+            raise UserError(
+                f"{self.file}: {where} is {shown}: expected {expected}; correct the file."
+            )
+
+    def mapping(self, value: Any, where: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+        is_mapping = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        self.expect(is_mapping, where, value, "a mapping of names to values")
+        for key in value if keys else ():
+            self.expect(key in keys, f"an entry of {where}", key, f"one of {', '.join(keys)}")
+        return value
+
+    def text(self, value: Any, where: str) -> str:
+        self.expect(isinstance(value, str) and bool(value.strip()), where, value, "a text")
+        return value
+
+    def one_of(self, value: Any, where: str, options: Sequence[str] | dict) -> str:
+        fits = isinstance(value, str) and value in options
+        named = ", ".join(options) or "none yet, for a run may name only those above it"
+        self.expect(fits, where, value, f"one of {named}")
+        return value
+
+    def items(self, value: Any, where: str, kind: type, expected: str) -> list:
+        fits = isinstance(value, list) and all(type(item) is kind for item in value)
+        self.expect(fits, where, value, expected)
+        return value

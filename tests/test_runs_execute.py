@@ -1,0 +1,289 @@
+"""Executing a plan's runs: the folder, the order, reuse, failures, progress. Runs are tiny processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from era.errors import UserError
+from era.runs import execute as execution
+from era.runs import folder as folders
+from era.runs.metrics import read_metrics, step_seconds, steps_done
+from era.runs.plan import Run
+from era.runs.progress import Progress
+
+
+def make_run(folder: Path, name: str, **changes) -> Run:
+    """A run that is nothing but a process: by default one that succeeds at once."""
+    defaults = {
+        "label": name,
+        "config_file": "",
+        "opts": (),
+        "folder": folder / name,
+        "iterations": 100,
+        "command": (sys.executable, "-c", "pass"),
+    }
+    return Run(name=name, **{**defaults, **changes})
+
+
+def write_metrics(folder: Path, lines: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---- The folder ---------------------------------------------------------------------------------
+
+
+def prepare(output: Path, *, reuse: bool = False):
+    runs = [make_run(output, "student")]
+    return folders.prepare_folder(output, runs=runs, products=["table.md"], reuse=reuse)
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("ten years")
+    with pytest.raises(UserError, match="no earlier call wrote"):
+        prepare(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        prepare(tmp_path / "thesis.txt")
+
+
+def test_earlier_results_are_replaced_but_nothing_else(tmp_path):
+    out = tmp_path / "runs"
+    prepare(out).close()
+    (out / "student").mkdir()
+    (out / "table.md").write_text("old")
+    (out / "my_notes.txt").write_text("mine")
+    prepare(out, reuse=True).close()
+    assert (out / "student").exists() and not (out / "table.md").exists()
+    prepare(out).close()
+    assert {p.name for p in out.iterdir()} == {folders.MARKER, "my_notes.txt"}
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with prepare(tmp_path / "runs"), pytest.raises(UserError, match="another process"):
+        prepare(tmp_path / "runs")
+
+
+# ---- Order --------------------------------------------------------------------------------------
+
+
+def execute(runs: list[Run], **options) -> tuple[dict[str, execution.State], str]:
+    out = io.StringIO()
+    defaults = {"jobs": 2, "cores": 2, "stream": out, "poll_seconds": 0.01}
+    return execution.execute(runs, **{**defaults, **options}), out.getvalue()
+
+
+def test_dependencies_and_the_longest_way_first(tmp_path):
+    runs = [
+        make_run(tmp_path, "short", iterations=10),
+        make_run(tmp_path, "plain", iterations=200),
+        make_run(tmp_path, "teacher", iterations=100),
+        make_run(tmp_path, "student", depends_on=("teacher",), iterations=300),
+        make_run(tmp_path, "eval", depends_on=("teacher", "student"), iterations=0),
+    ]
+    order, ended = [], {}
+
+    def start(run, threads):
+        assert threads == 2
+        assert all(ended[name] == 0 for name in run.depends_on)
+        order.append(run.name)
+        process = execution.start_process(run, threads)
+        ended[run.name] = process.wait()
+        return process
+
+    states, shown = execute(runs, jobs=1, start=start)
+    # The teacher is short, but the student and its evaluation wait for it.
+    assert order == ["teacher", "student", "plain", "short", "eval"]
+    assert all(state.is_done for state in states.values())
+    assert "610/610 steps" in shown and "student: done in" in shown
+
+
+def test_no_more_than_jobs_run_at_a_time(tmp_path):
+    nap = (sys.executable, "-c", "import time; time.sleep(0.3)")
+    runs = [make_run(tmp_path, name, command=nap) for name in "abc"]
+    alive, most = [], []
+
+    def start(run, threads):
+        process = execution.start_process(run, threads)
+        alive.append(process)
+        most.append(sum(p.poll() is None for p in alive))
+        return process
+
+    execute(runs, start=start)
+    assert max(most) == 2
+
+
+def test_equal_time_is_counted_in_measured_steps(tmp_path):
+    def trains(name, milliseconds, **changes):
+        lines = [{"iteration": i, "total_loss": 1.0, "time": milliseconds / 1000} for i in (59, 79)]
+        text = "\n".join(map(json.dumps, lines))
+        command = (
+            sys.executable,
+            "-c",
+            f"open({str(tmp_path / name / 'metrics.json')!r}, 'w').write({text!r})",
+        )
+        return make_run(tmp_path, name, command=command, **changes)  # fmt: skip
+
+    longer = make_run(
+        tmp_path,
+        "longer",
+        command=(sys.executable, "-c", "pass", "OPTS"),
+        depends_on=("slow1", "slow2", "fast"),
+        time_of=("slow1", "slow2"),
+        step_of=("fast",),
+    )
+    runs = [trains("slow1", 160), trains("slow2", 140), trains("fast", 100), longer]
+    states, shown = execute(runs)
+    # 100 steps of a median of 150 ms take as long as 150 of 100 ms.
+    run = states["longer"].run
+    assert run.iterations == 150 and "450/450 steps" in shown
+    assert run.command[-3:] == ("OPTS", "SOLVER.MAX_ITER", "150")
+    assert run.opts[-2:] == ("SOLVER.MAX_ITER", "150")
+    (tmp_path / "fast" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"fast wrote no time of a step .* longer needs"):
+        execution.with_iterations(longer, states)
+
+
+# ---- Failures -----------------------------------------------------------------------------------
+
+SLOW = (sys.executable, "-c", "import time; time.sleep(60)")
+
+
+def test_a_failing_run_stops_the_others_and_is_one_sentence(tmp_path):
+    bad = (sys.executable, "-c", "print('disk on fire'); raise SystemExit(3)")
+    runs = [
+        make_run(tmp_path, "bad", command=bad),
+        make_run(tmp_path, "slow", command=SLOW),
+        make_run(tmp_path, "after", depends_on=("bad",)),
+    ]
+    started = {}
+
+    def start(run, threads):
+        started[run.name] = execution.start_process(run, threads)
+        return started[run.name]
+
+    out = io.StringIO()
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"'bad' failed \(exit status 3\)") as error:
+        execute(runs, start=start, stream=out)
+    assert time.monotonic() - begin < 20
+    assert started["slow"].poll() is not None and "after" not in started
+    assert str(runs[0].log) in str(error.value) and "\n" not in str(error.value)
+    assert "bad: disk on fire" in out.getvalue()
+    assert not (runs[0].folder / folders.STAMP).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys, number):
+    runs = [make_run(tmp_path, name, command=SLOW) for name in "ab"]
+    started = []
+
+    def start(run, threads):
+        started.append(execution.start_process(run, threads))
+        return started[-1]
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(SystemExit) as left, execution.interruptible(tmp_path):
+        execute(runs, start=start)
+    assert left.value.code == 130 and signal.getsignal(signal.SIGTERM) == before
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    assert "--reuse goes on from there" in capsys.readouterr().err
+
+
+# ---- Reuse --------------------------------------------------------------------------------------
+
+
+def test_reuse_keeps_what_is_complete_and_unchanged(tmp_path):
+    write_model = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1]) / 'student'; p.mkdir(); "
+        "(p / 'model_final.pth').touch()"
+    )
+
+    def trains(name, **changes):
+        command = (sys.executable, "-c", write_model, str(tmp_path / name))
+        return make_run(tmp_path, name, **{"command": command, **changes})
+
+    runs = [trains("teacher"), trains("student", depends_on=("teacher",)), trains("plain")]
+    execute(runs)
+
+    def reused(runs):
+        states, _ = execute(runs, reuse=True)
+        return {name for name, state in states.items() if state.reused}
+
+    assert reused(runs) == {"teacher", "student", "plain"}
+    # Another command: the run is done again, and so is what builds upon it.
+    other = dataclasses.replace(runs[0], command=(*runs[0].command, "more"))
+    assert reused([other, *runs[1:]]) == {"plain"}
+    # Complete by its stamp, but its model is gone.
+    (tmp_path / "plain" / "student" / "model_final.pth").unlink()
+    assert reused([other, *runs[1:]]) == {"teacher", "student"}
+    # A stamp that is no stamp.
+    (tmp_path / "teacher" / folders.STAMP).write_text("[]")
+    assert reused([other, *runs[1:]]) == {"plain"}
+
+
+# ---- Progress -----------------------------------------------------------------------------------
+
+
+def test_progress_from_metrics(tmp_path):
+    lines = [{"iteration": i, "total_loss": 1.0, "time": 0.25} for i in range(19, 100, 20)]
+    lines[0]["time"] = 9.0  # the first steps are slow and do not count
+    write_metrics(tmp_path, lines)
+    with open(tmp_path / "metrics.json", "a") as f:
+        f.write('{"iteration": 119, "total')  # being written
+    metrics = read_metrics(tmp_path)
+    assert steps_done(metrics) == 100
+    assert step_seconds(metrics) == 0.25
+    assert step_seconds(metrics[:1]) == 9.0
+    assert step_seconds([]) is None and steps_done([]) == 0
+
+
+def test_a_log_file_gets_a_line_now_and_then_without_control_characters():
+    out = io.StringIO()
+    progress = Progress(1000, 100, out)
+    for done in range(100, 400):
+        progress.show(1000, done, "student 3/8")
+    progress.say("teacher: done in 3 s")
+    progress.show(1200, 1200, "")
+    progress.close()
+    lines = out.getvalue().splitlines()
+    assert len(lines) < 6 and "teacher: done in 3 s" in lines
+    assert lines[0].startswith("100/1000 steps [00:00<?") and "1200/1200 steps" in lines[-1]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_terminal_gets_one_line_that_renews_itself():
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    progress = Progress(1000, 0, out)
+    progress.show(1000, 250, "teacher 250/900, plain 0/100")
+    progress.show(1000, 260, "teacher 260/900, plain 0/100")
+    progress.close()
+    assert out.getvalue().count("\n") == 1 and out.getvalue().count("\r") >= 3
+    assert "260/1000" in out.getvalue() and "teacher 260/900" in out.getvalue()
+
+
+def test_a_waiting_run_is_not_shown_and_one_without_steps_left_evaluates(tmp_path):
+    state = execution.State(make_run(tmp_path, "student"), steps=40)
+    assert state.where == "student 40/100" and not state.is_running
+    assert dataclasses.replace(state, steps=100).where == "student evaluating"
+    state.process = subprocess.Popen([sys.executable, "-c", "pass"])
+    state.process.wait()
+    assert state.is_running and not state.is_done

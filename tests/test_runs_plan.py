@@ -1,0 +1,173 @@
+"""Plans: their YAML files, and the runs that they make."""
+
+from pathlib import Path
+
+import pytest
+from builders import REPO
+
+from era.errors import UserError
+from era.runs.plan import NOTHING, check_overrides, make_runs
+from era.runs.schema import read_plan
+
+PLANS = sorted((REPO / "studies").glob("*.yaml"))
+PLAN = """
+title: Two ways
+seeds: [1, 2]
+baseline: plain
+runs:
+  teacher: {label: Teacher, config: configs/toy/teacher.yaml, role: teacher}
+  plain: {label: Plain, config: configs/toy/plain.yaml, overrides: {SOLVER.BASE_LR: 0.5}}
+  distilled:
+    label: Distilled
+    config: configs/toy/era.yaml
+    weights: {MODEL.TEACHER.WEIGHTS: teacher}
+  again: {label: Evaluated, evaluate: distilled, overrides: {MODEL.ROI_HEADS.NMS_THRESH_TEST: 0.4}}
+  longer: {label: Longer, config: configs/toy/plain.yaml, iterations: {time_of: distilled, step_of: plain}}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a plan, by default PLAN, with one text replaced, and reads it."""
+    monkeypatch.chdir(REPO)
+
+    def write(old="", new="", text=PLAN):
+        assert old in text
+        path = tmp_path / "plan.yaml"
+        path.write_text(text.replace(old, new, 1) if old else text)
+        return read_plan(path)
+
+    return write
+
+
+def test_a_plan_becomes_processes_of_train_net(write, tmp_path):
+    plan = write()
+    runs = {run.name: run for run in make_runs(plan, tmp_path, opts=["SOLVER.MAX_ITER", "7"])}
+    assert list(runs) == [
+        "teacher", "plain_seed1", "plain_seed2", "distilled_seed1", "distilled_seed2",
+        "again_seed1", "again_seed2", "longer_seed1", "longer_seed2",
+    ]  # fmt: skip
+    for run in runs.values():
+        assert "tools/train_net.py" in run.command
+        assert run.command[-2:] == ("SOLVER.MAX_ITER", "7")  # the user has the last word
+        assert Path(run.config.OUTPUT_DIR) == run.folder == tmp_path / run.name
+        assert (run.seed or 1) == run.config.SEED
+    assert runs["teacher"].is_teacher and runs["teacher"].seed is None
+    plain, distilled = runs["plain_seed2"], runs["distilled_seed2"]
+    assert (plain.config.SOLVER.BASE_LR, plain.methods, plain.depends_on) == (0.5, (), ())
+    assert str(tmp_path / "teacher" / "model_final.pth") == distilled.config.MODEL.TEACHER.WEIGHTS
+    assert (distilled.iterations, distilled.methods) == (7, ("ERA",))
+    assert distilled.depends_on == ("teacher",)
+
+
+def test_an_evaluation_has_the_config_and_the_weights_of_its_training(write, tmp_path):
+    run = {run.name: run for run in make_runs(write(), tmp_path)}["again_seed2"]
+    assert "--eval-only" in run.command and run.iterations == 0
+    assert str(tmp_path / "distilled_seed2" / "model_final.pth") == run.config.MODEL.WEIGHTS
+    assert str(tmp_path / "teacher" / "model_final.pth") == run.config.MODEL.TEACHER.WEIGHTS
+    assert run.config.MODEL.ROI_HEADS.NMS_THRESH_TEST == 0.4 and run.config.SEED == 2
+    assert run.evaluates == "distilled_seed2"
+    assert run.depends_on == ("teacher", "distilled_seed2")
+
+
+def test_a_run_of_equal_time_waits_for_every_seed_of_the_others(write, tmp_path):
+    run = make_runs(write(), tmp_path)[-1]
+    assert run.time_of == ("distilled_seed1", "distilled_seed2")
+    assert run.step_of == ("plain_seed1", "plain_seed2")
+    assert run.depends_on == run.time_of + run.step_of
+
+
+def test_seeds_variants_and_a_given_teacher(write, tmp_path):
+    plan = write()
+    given = {"teacher": tmp_path / "mine.pth"}
+    runs = make_runs(plan, tmp_path, seeds=[9], only=["again"], given=given)
+    assert [run.name for run in runs] == ["distilled_seed9", "again_seed9"]
+    assert str(tmp_path / "mine.pth") == runs[0].config.MODEL.TEACHER.WEIGHTS
+    assert [run.depends_on for run in runs] == [(), ("distilled_seed9",)]
+    names = [run.variant for run in make_runs(plan, tmp_path, seeds=[3], only=["longer"])]
+    assert names == ["teacher", "plain", "distilled", "longer"]
+    with pytest.raises(UserError, match=r"has no run h1: it has teacher, plain"):
+        make_runs(plan, tmp_path, only=["h1"])
+
+
+def test_without_seeds_every_run_has_its_own_name(write, tmp_path):
+    runs = make_runs(write("seeds: [1, 2]", ""), tmp_path)
+    assert [run.name for run in runs] == ["teacher", "plain", "distilled", "again", "longer"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        (["SOLVER.MAX_ITER"], "not pairs"),
+        (["OUTPUT_DIR", "x"], "OUTPUT_DIR cannot be overridden"),
+        (["SEED", "3"], "SEED cannot be overridden"),
+        (["MODEL.TEACHER.WEIGHTS", "x"], r"MODEL.TEACHER.WEIGHTS .* says from which run"),
+        (["MODEL.WEIGHTS", "x"], "MODEL.WEIGHTS cannot"),
+    ],
+)
+def test_overrides_that_a_plan_cannot_work_with(write, opts, said):
+    with pytest.raises(UserError, match=said):
+        check_overrides(write(), opts)
+
+
+def test_a_plan_is_about_one_dataset(write, tmp_path):
+    with pytest.raises(UserError, match=r"run teacher has 2 datasets"):
+        make_runs(write(), tmp_path, opts=["DATASETS.TEST", "('a', 'b')"])
+
+
+def test_comparisons(write):
+    plan = write()
+    assert plan.compare == {"distilled": "plain", "again": "plain", "longer": "plain"}
+    plan = write("runs:", "compare: {longer: distilled}\nruns:")
+    assert plan.compare == {"longer": "distilled"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("title: Two ways", "title: [", "is not YAML"),
+        ("title: Two ways", "titel: Two ways", r"an entry of the plan is 'titel': expected one of title"),
+        ("title: Two ways", "", "title is missing: expected a text"),
+        ("[1, 2]", "[1, one]", r"seeds is \[1, 'one'\]: expected a list of different numbers"),
+        ("[1, 2]", "[1, 1]", r"seeds is \[1, 1\]"),
+        ("baseline: plain", "baseline: teacher", "baseline is 'teacher': expected one of plain, dist"),
+        ("runs:", "compare: {plain: plain}\nruns:", "compare.plain is 'plain': expected one of dist"),
+        ("  plain: {", "  ../plain: {", "a name below runs is '../plain': expected letters"),
+        ("label: Plain, ", "", "runs.plain.label is missing"),
+        ("config: configs/toy/plain.yaml", "config: 3", "runs.plain.config is 3: expected a text"),
+        ("{SOLVER.BASE_LR: 0.5}", "[1]", r"runs.plain.overrides is \[1\]: expected a mapping"),
+        ("role: teacher", "role: tutor", "runs.teacher.role is 'tutor': expected one of student, teacher"),
+        ("WEIGHTS: teacher", "WEIGHTS: again", "runs.distilled.weights.MODEL.TEACHER.WEIGHTS is 'again'"),
+        ("evaluate: distilled", "evaluate: longer", "runs.again.evaluate is 'longer': expected one of"),
+        ("evaluate: distilled", "evaluate: distilled, role: teacher", "runs.again.role .* no such entry"),
+        ("step_of: plain", "step_of: teacher", "runs.longer.iterations.step_of is 'teacher'"),
+        ("time_of: distilled, ", "", "runs.longer.iterations.time_of is missing"),
+        (PLAN, "just a text", "the plan is 'just a text': expected a mapping"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_with_file_and_entry(write, tmp_path, old, new, said):
+    with pytest.raises(UserError, match=said) as error:
+        write(old, new)
+    assert str(tmp_path / "plan.yaml") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plan_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
+        read_plan(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_of_the_repository_makes_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    plan = read_plan(path)
+    runs = make_runs(plan, tmp_path)
+    assert {run.variant for run in runs} == set(plan.variants)
+    assert all(run.iterations > 0 or run.evaluates for run in runs)
+
+
+def test_the_tables_word_on_inheritance_is_the_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    plan = read_plan(REPO / "studies" / "demo.yaml")
+    inherited = {run.name: run.inherited for run in make_runs(plan, tmp_path)}
+    assert inherited["plain"] == inherited["era"] == inherited["era_alpha1"] == NOTHING
+    assert inherited["plain_init"] == inherited["era_init"] == "heads"
