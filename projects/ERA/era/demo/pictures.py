@@ -92,8 +92,8 @@ def write_overview(
     for rows in (3, 2, 1):
         few = losses[: max(rows // 3, rows - len(gains))]
         picture = strip(gains[: rows - len(few)] + few, classes, labels, side=OVERVIEW_SIDE)
-        for version in (picture, picture.quantize(256)):  # all colours if they fit
-            version.save(path, optimize=True)
+        for colours in (None, 256):  # all of them if they fit
+            (picture.quantize(colours) if colours else picture).save(path, optimize=True)
             if path.stat().st_size <= OVERVIEW_BYTES:
                 return
 
@@ -146,7 +146,7 @@ def draw(example: Example, name: str | None, classes: list[str], side: int) -> n
     photo = read_image(example.file_name, "RGB")
     scale = side / max(photo.shape[:2])
     large = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    visualizer = Visualizer(large)
+    visualizer = Visualizer(large, font_size_scale=0.8)
     if name is None:
         marks = [(box, TRUTH, classes[box.category]) for box in example.objects]
     else:

@@ -58,9 +58,7 @@ class Entry:
     seeds: tuple[int | None, ...]
     ap: tuple[float, ...]  # by seed
     mean: float
-    gain: (
-        float | None
-    )  # of the mean, over that of the variant it is compared with; None without one
+    gain: float | None  # over the mean of the variant that it is compared with, if there is one
     step_ms: float | None  # median of the runs' medians
 
 
