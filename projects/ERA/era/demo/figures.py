@@ -114,7 +114,7 @@ def write_charts(runs: Sequence[Run], path: Path) -> None:
                 if chart.log_scale and curves:
                     axis.set_yscale("log")
                     axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-                    axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+                    axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
                 _label(axis, f"{run.label}: {chart.title}")
                 axis.set_ylabel(chart.y_label)
                 if curves:

@@ -159,7 +159,9 @@ def draw(example: Example, name: str | None, classes: list[str], side: int) -> n
         x0, y0, x1, y1 = (corner * scale for corner in box.corners)
         visualizer.draw_box((x0, y0, x1, y1), alpha=1.0, edge_color=colour, line_style=style)
         if text:
-            visualizer.draw_text(text, (x0, y0), color=colour, horizontal_alignment="left")
+            is_far_right = x0 > 0.7 * large.shape[1]  # the text ends with the box, to stay within
+            place = (min(x1, large.shape[1]), "right") if is_far_right else (x0, "left")
+            visualizer.draw_text(text, (place[0], y0), color=colour, horizontal_alignment=place[1])
     return visualizer.output.get_image()
 
 
