@@ -10,7 +10,7 @@ import era
 PACKAGE = Path(era.__file__).parent
 # Parts from the ground up: each may import those above it in this list, and none below.
 ORDER = (
-    "errors", "compat", "environment", "registry", "losses", "config", "checkpoint", "modeling", "methods",
+    "errors", "compat", "environment", "addresses", "registry", "losses", "config", "checkpoint", "modeling", "methods",
     "data", "engine", "runs", "deploy", "report", "benchmark", "study", "demo",
 )  # fmt: skip
 
@@ -70,3 +70,17 @@ def test_an_import_inside_a_function_counts(tmp_path):
     assert imported(file) == {"report", "engine"}
     found = violations({PACKAGE / "runs" / "plan.py": {"engine", "study", "runs"}})
     assert found == ["runs/plan.py imports era.study"]
+
+
+def test_the_methods_name_stands_in_its_own_room_alone():
+    """No name and no key of ERA outside methods/era: everything else knows it through the registry."""
+    words = ("MODEL.ERA", "cfg.MODEL.ERA", '"ERA"', 'methods["era"]', "MBRNet", "loss_era", "methods.era")
+    wrong = [
+        f"{path.relative_to(PACKAGE)}: {word}"
+        for path in sorted(PACKAGE.rglob("*"))
+        if path.suffix in (".py", ".html", ".js", ".css")
+        and (PACKAGE / "methods" / "era") not in path.parents
+        for word in words
+        if word in path.read_text(encoding="utf-8")
+    ]
+    assert not wrong, wrong

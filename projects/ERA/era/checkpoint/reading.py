@@ -34,7 +34,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     Attributes:
         incompatible: what did not fit at the last load: ``missing_keys``, ``unexpected_keys`` and
             ``incorrect_shapes``; None before.
-        filled_methods: whether the last load brought the methods' modules (adapters, MBRNet).
+        filled_methods: whether the last load brought the methods' modules (adapters, projectors).
     """
 
     incompatible = None
