@@ -9,7 +9,7 @@ from era.modeling.distiller import Distiller
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "METHOD_REGISTRY",
