@@ -47,7 +47,7 @@ what it leaves in --output:
   losses.png, charts.png, ap.png
   pictures/                        detections side by side; README.md there says how they were chosen
   deployed/, report.html           the distilled student exported, and all of it on one page
-  teacher/, plain/, era/, ...      the runs, each with its log (train.log), metrics.json, checkpoint,
+  teacher/, plain/, ...            the runs, each with its log (train.log), metrics.json, checkpoint,
                                    and student/: an ordinary Detectron2 model
 """
 FAST = ("SOLVER.MAX_ITER", "40", "SOLVER.WARMUP_ITERS", "10")

@@ -97,7 +97,7 @@ def read_plan(path: Path) -> Plan:
 
 
 class _Reader:
-    """Checks the values of one file; ``where`` names an entry as ``runs.era.weights``."""
+    """Checks the values of one file; ``where`` names an entry as ``runs.student.weights``."""
 
     def __init__(self, file: Path):
         self.file = file
