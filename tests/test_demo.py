@@ -20,7 +20,7 @@ from era.demo import report as demo_report
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY
 from era.runs import compare
-from era.runs.measure import Measurement, interleaved_times
+from era.runs.measure import Measurement
 from era.runs.metrics import read_metrics
 from era.runs.plan import NOTHING, Run, make_runs
 from era.runs.schema import read_plan
@@ -150,14 +150,6 @@ def test_a_run_without_an_evaluation_is_named(tmp_path):
     run = Run("era", "ERA", "", (), tmp_path / "era", 100)
     with pytest.raises(UserError, match="'era' left no evaluation"):
         table.gather([run], {})
-
-
-def test_models_take_turns_and_warm_up_is_not_timed():
-    calls = []
-    models = [lambda x, name=name: calls.append(name) for name in "abc"]
-    times = interleaved_times(models, [{}] * 4, warm_up=2)
-    assert [len(t) for t in times] == [4, 4, 4]
-    assert "".join(calls[:6]) == "abcbca" and len(calls) == 18
 
 
 # ---- Figures ------------------------------------------------------------------------------------

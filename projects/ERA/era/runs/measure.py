@@ -67,7 +67,7 @@ def load(run: Run) -> nn.Module:
     cfg.defrost()
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    model = build_for_evaluation(cfg, resume=False).eval()
+    model = build_for_evaluation(cfg, resume=False)
     if isinstance(model, Distiller):
         made = [method.deployable(model.detector) for method in model.methods.values()]
         model = next((deployable for deployable in made if deployable is not None), model)
