@@ -59,7 +59,7 @@ def plain_only(folder) -> list[str]:
             ],
             "do not fit the model of the config: the file (lacks|has)",
         ),
-        (deeper, "has .*res4.1.conv1.weight, which the model has not"),
+        (deeper, "has .*res4.1.conv1.weight, which the model lacks"),
         (lambda _: ["--run", str(mask_run()), "--alpha", "1"], "alpha 1 needs a run of a method"),
         (plain_only, "lacks the modules of ERA, which the run was distilled with"),
         (
