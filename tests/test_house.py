@@ -74,7 +74,15 @@ def test_an_import_inside_a_function_counts(tmp_path):
 
 def test_the_methods_name_stands_in_its_own_room_alone():
     """No name and no key of ERA outside methods/era: everything else knows it through the registry."""
-    words = ("MODEL.ERA", "cfg.MODEL.ERA", '"ERA"', 'methods["era"]', "MBRNet", "loss_era", "methods.era")
+    words = (
+        "MODEL.ERA",
+        "cfg.MODEL.ERA",
+        '"ERA"',
+        'methods["era"]',
+        "MBRNet",
+        "loss_era",
+        "methods.era",
+    )
     wrong = [
         f"{path.relative_to(PACKAGE)}: {word}"
         for path in sorted(PACKAGE.rglob("*"))
