@@ -106,10 +106,22 @@ def test_growth(result):
 
 def test_printed_tables(result):
     _, text, _ = result
-    assert "| row | median ms | min | max | x base | CPU ms | CPU x base | peak MiB |" in text
-    assert f"| {FLOOR} | " in text and "n/a |" in text and "TWI.PROPOSALS_PER_IMAGE 8" in text
+    heads = [
+        cell.strip() for cell in next(x for x in text.splitlines() if "median ms" in x).split("|")
+    ]
+    assert heads[1:-1] == [
+        "row",
+        "median ms",
+        "min",
+        "max",
+        "x base",
+        "CPU ms",
+        "CPU x base",
+        "peak MiB",
+    ]
+    assert f"| {FLOOR} " in text and "– |" in text and "TWI.PROPOSALS_PER_IMAGE 8" in text
     assert "Machine: " in text and "Command: tools/benchmark.py --config-file" in text
-    assert text.count("| --- | ---:") == 1 + 2 + 2
+    assert text.count("median ms") == 1 + 2 + 2
 
 
 def test_profile(result):
@@ -152,9 +164,10 @@ def test_ratios_are_by_round():
     _, found = reports([base, row], CPU)
     assert found["ratio"] == 2.0 and found["ratio_of_medians"] == 2.0 and found["cpu_ratio"] == 2.0
     assert found["peak_ratio"] == 1.25
-    assert "| x | 4.0 | 2.0 | 11.0 | 2.000 | 2.0 | 2.000 | 5 | 1.250 |" in report.markdown(
-        [found], base="floor"
-    )
+    cells = [
+        cell.strip() for cell in report.markdown([found], base="floor").splitlines()[2].split("|")
+    ]
+    assert cells[1:-1] == ["x", "4.0", "2.0", "11.0", "2.000", "2.0", "2.000", "5", "1.250"]
     (alone,) = reports([row], CPU)
     assert alone["ratio"] is None and alone["peak_ratio"] is None
 

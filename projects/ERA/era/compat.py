@@ -1,7 +1,10 @@
 """Detectron2's private functions, all of those that are called here, each behind a public name.
 
 Checked against Detectron2 0.6 at upstream's commit a59f0563 (2024-04-17, the wheel that
-``tools/install_detectron2.py`` installs): look here first when another version behaves differently.
+``tools/install_detectron2.py`` installs): look here first when another version behaves differently. Two
+classes override protected methods of their Detectron2 base, and pass on to it, of the same version:
+``SafeCheckpointer`` (``_load_file``, ``_load_model``, ``_torch_load``; fvcore 0.1.5) and ``DetectionEvaluator``
+(``_derive_coco_results``).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import gc
 
 import torch.distributed as dist
-from detectron2.engine import TrainerBase
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
@@ -27,6 +30,21 @@ def postprocess(
 def decode_proposals(rpn: RPN, anchors: list[Boxes], deltas: list[Tensor]) -> list[Tensor]:
     """Proposal boxes of every level, (B, H * W * A, 4); ``RPN._decode_proposals``, a59f0563."""
     return rpn._decode_proposals(anchors, deltas)
+
+
+def next_batch(trainer: SimpleTrainer) -> list[dict]:
+    """The trainer's next batch; ``SimpleTrainer._data_loader_iter``, a59f0563."""
+    return next(trainer._data_loader_iter)
+
+
+def write_metrics(trainer: SimpleTrainer, losses: dict[str, Tensor], data_time: float) -> None:
+    """Losses of a step and seconds of data loading into the event storage, from all processes;
+    ``SimpleTrainer._write_metrics``, a59f0563.
+
+    Raises:
+        FloatingPointError: the sum of the losses is not finite.
+    """
+    trainer._write_metrics(losses, data_time)
 
 
 def last_evaluation(trainer: TrainerBase) -> dict | None:

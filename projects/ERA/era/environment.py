@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from detectron2.utils.collect_env import collect_env_info
 
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "pycocotools")  # numbers depend on these
 
@@ -43,6 +44,11 @@ def machine() -> dict:
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def collected() -> str:
+    """All that a report of a fault should say of the software and devices: Detectron2's own table."""
+    return collect_env_info() + "\n"
 
 
 def usable_cores() -> int:

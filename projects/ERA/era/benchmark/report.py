@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from era import environment
+from era.runs import tables
+from era.runs.tables import number
 
 
 def machine(device: torch.device) -> dict:
@@ -48,22 +50,18 @@ def markdown(rows: Sequence[dict], *, base: str) -> str:
     heads = ["row", "median ms", "min", "max", f"x {base}"]
     heads += ["CPU ms", f"CPU x {base}"] if with_cpu else []
     heads += ["peak MiB", f"peak x {base}"] if with_memory else ["peak MiB"]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    table = []
     for row in rows:
         ms = row["ms"]
         cells = [row["name"], *(f"{ms[k]:.1f}" for k in ("median", "min", "max"))]
-        cells.append(_number(row["ratio"], ".3f"))
+        cells.append(number(row["ratio"], ".3f"))
         if with_cpu:
-            cells += [f"{row['cpu_ms']['median']:.1f}", _number(row["cpu_ratio"], ".3f")]
-        cells.append(_number(row["peak_mib"], ".0f"))
+            cells += [f"{row['cpu_ms']['median']:.1f}", number(row["cpu_ratio"], ".3f")]
+        cells.append(number(row["peak_mib"], ".0f"))
         if with_memory:
-            cells.append(_number(row["peak_ratio"], ".3f"))
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "n/a" if value is None else format(value, form)
+            cells.append(number(row["peak_ratio"], ".3f"))
+        table.append(cells)
+    return tables.markdown(heads, table)
 
 
 def _keys(keys: Mapping, prefix: str = "") -> str:

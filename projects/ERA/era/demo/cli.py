@@ -43,7 +43,8 @@ examples:
   the same through make:           make demo ARGS="--seed 2 --output output/demo_seed2"
 
 what it leaves in --output:
-  table.md, results.json           the table, and everything in it for programs
+  table.md, results.json           the table, and all of it for programs
+  environment.txt                  software and devices, for the report of a fault
   losses.png, charts.png, ap.png
   pictures/                        detections side by side; README.md there says how they were chosen
   deployed/, report.html           the distilled student exported, and all of it on one page
@@ -55,6 +56,7 @@ SMOKE = "SMOKE RUN (--fast): a few iterations only, so the numbers mean nothing.
 PRODUCTS = (
     "table.md",
     "results.json",
+    "environment.txt",
     "report.html",
     "losses.png",
     "charts.png",
@@ -188,6 +190,7 @@ def finish(
         "reused": [name for name, state in states.items() if state.reused],
     }
     table.write(output, rows, runs, found, about)
+    (output / "environment.txt").write_text(environment.collected(), encoding="utf-8")
     figures.write_losses(runs, compared, output / "losses.png")
     figures.write_charts(runs, output / "charts.png")
     figures.write_ap(rows, runs, found, output / "ap.png")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from era import compat
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
 from era.config import INHERIT_FPN, INHERIT_NOTHING
@@ -73,7 +74,7 @@ class StepTrainer(SimpleTrainer):
         data_time, total = 0.0, {}
         for index in range(self.accumulation_steps):
             start = time.perf_counter()
-            data = next(self._data_loader_iter)
+            data = compat.next_batch(self)
             data_time += time.perf_counter() - start
             is_last = index == self.accumulation_steps - 1
             with self._no_sync() if not is_last else nullcontext():
@@ -86,7 +87,7 @@ class StepTrainer(SimpleTrainer):
             for name, loss in losses.items():
                 total[name] = total.get(name, 0.0) + loss.detach()
         self.after_backward()
-        self._write_metrics(total, data_time)
+        compat.write_metrics(self, total, data_time)
         self._check_gradients()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
