@@ -35,7 +35,7 @@ from era.data.validation import check_annotation_file
 from era.errors import UserError
 
 SPEC = toy.ToySpec(train_images=4, val_images=2)
-COCO_SAMPLE = Path(__file__).resolve().parents[1].parent / "shared" / "coco_sample"
+COCO_SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "coco_sample"
 
 
 @pytest.fixture(autouse=True)
