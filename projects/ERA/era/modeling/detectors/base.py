@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.modeling.detectors.proposals import ProposalSample
 
+# Where the soft judgements of dense heads look.
+ALL_POSITIONS, SAMPLED_POSITIONS = "all", "sampled"
+
 
 class Predictions(NamedTuple):
     """What a detector's heads say about R samples (proposals, or positions of dense heads).
@@ -89,11 +92,13 @@ class Detector(ABC):
         meta_architecture: the stock meta-architecture that stands for the family in messages.
         heads: names of the model's submodules that come after the backbone and hold its heads.
         parts: names of the heads that can judge features, see :meth:`head_loss`.
+        soft_parts: those of them that can judge by their own outputs, see :meth:`soft_head_loss`.
     """
 
     meta_architecture: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
+    soft_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -214,6 +219,55 @@ class Detector(ABC):
         Returns:
             Scalar, with this detector's loss settings and the student's normaliser.
         """
+
+    def soft_targets(
+        self,
+        part: str,
+        features: dict[str, Tensor],
+        recording: Recording,
+        *,
+        positions: str = ALL_POSITIONS,
+    ) -> Predictions:
+        """What one part of the heads says on the maps that set the example, for :meth:`soft_head_loss`: computed
+        once, whatever number of maps is judged by it.
+
+        Args:
+            part: one of ``soft_parts``.
+            features: level name to (B, C, H, W): this detector's own, where it is the teacher.
+            recording: the student's step, for its samples.
+            positions: of dense heads: ``all``, or those that the student ``sampled``.
+
+        Returns:
+            Rows in the order of the positions or samples, float32, without gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not judge by its own outputs")
+
+    def soft_head_loss(
+        self,
+        part: str,
+        features: dict[str, Tensor],
+        targets: Predictions,
+        recording: Recording,
+        *,
+        samples_per_image: int = 0,
+        positions: str = ALL_POSITIONS,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """How far the outputs of one part of the heads on given maps are from ``targets``; no ground truth.
+
+        Args:
+            part: one of ``soft_parts``.
+            features: level name to (B, C, H, W), at the levels that the heads read.
+            targets: :meth:`soft_targets` of the same part, step and positions.
+            recording: the student's step, for its samples.
+            samples_per_image: judge on a part of the samples that stands for all; 0 = all.
+            positions: as in :meth:`soft_targets`.
+            temperature: ``tau`` of class distributions, above 0.
+
+        Returns:
+            Scalar >= 0; on the maps of the targets 0 but for a constant that sends no gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not judge by its own outputs")
 
     # ---- the teacher's heads in the student ------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32
-from era.modeling.detectors.base import Detector, Predictions, TaskLoss
+from era.modeling.detectors.base import ALL_POSITIONS, Detector, Predictions, TaskLoss
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
@@ -24,6 +24,11 @@ from era.modeling.detectors.rcnn_losses import (
     by_anchor,
     roi_task_losses,
     rpn_task_losses,
+)
+from era.modeling.detectors.rcnn_soft import (
+    predict_anchors_at,
+    soft_anchor_losses,
+    soft_roi_loss,
 )
 
 
@@ -34,6 +39,7 @@ class RCNN(Detector):
     meta_architecture = "GeneralizedRCNN"
     heads = ("proposal_generator", "roi_heads")
     parts = ("rpn", "roi")
+    soft_parts = ("rpn", "roi")
 
     @classmethod
     def describes(cls, cfg: CfgNode) -> bool:
@@ -217,6 +223,38 @@ class RCNN(Detector):
                 losses = self.model.roi_heads.box_predictor.losses(own, stratum.proposals)
             total = total + stratum.share * sum(losses.values())
         return total
+
+    @torch.no_grad()
+    def soft_targets(
+        self,
+        part: str,
+        features: dict[str, Tensor],
+        recording: RCNNRecording,
+        *,
+        positions: str = ALL_POSITIONS,
+    ) -> Predictions:
+        """``rpn``: objectness (A,) and deltas (A, 4) of the anchors. ``roi``: :meth:`predict` on all of the
+        student's sampled proposals."""
+        if part == "rpn":
+            return predict_anchors_at(self, features, recording, positions)
+        return self.predict(features, recording.samples)
+
+    def soft_head_loss(
+        self,
+        part: str,
+        features: dict[str, Tensor],
+        targets: Predictions,
+        recording: RCNNRecording,
+        *,
+        samples_per_image: int = 0,
+        positions: str = ALL_POSITIONS,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """``rpn``: :func:`soft_anchor_losses`. ``roi``: the mean of :func:`soft_proposal_losses`."""
+        if part == "rpn":
+            logits, deltas = predict_anchors_at(self, features, recording, positions)
+            return soft_anchor_losses(logits[None], deltas[None], targets)[0]
+        return soft_roi_loss(self, features, targets, recording, samples_per_image, temperature)
 
     def coder_settings(self) -> dict[str, tuple]:
         """Box coders of the RPN and of the box head."""
