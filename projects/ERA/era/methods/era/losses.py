@@ -1,4 +1,4 @@
-"""ERA's losses as they are defined; torch alone.
+"""ERA's losses on feature maps as they are defined; torch alone.
 
 ``e_0`` is the student's feature map in the teacher's channels, ``d_i`` the residual of branch i,
 ``e_i = e_{i-1} + d_i``, ``F_T`` the teacher's map. Maps are dicts, level name to (B, C_T, H, W); levels count
@@ -15,6 +15,23 @@ from torch import Tensor
 from era.losses import at_least_float32, level_mean, mse
 
 Maps = dict[str, Tensor]
+
+
+def standardised(maps: Maps, deviation: Maps | None) -> Maps:
+    """``maps / sigma_T``: what the losses compare where the target is standardised.
+
+    With ``e_i``, ``d_i`` and ``F_T`` all divided, the losses are those of ``(e_i - F_T) / sigma_T`` and the algebra of
+    the residuals stays as it is. No mean is taken off, for it would cancel.
+
+    Args:
+        deviation: ``sigma_T``, level name to (C_T,), a constant; None leaves the maps as they are.
+    """
+    if deviation is None:
+        return maps
+    return {
+        level: at_least_float32(maps[level]) / sigma[:, None, None]
+        for level, sigma in deviation.items()
+    }
 
 
 def feature_loss(zeroth: Maps, target: Maps) -> Tensor:
@@ -59,3 +76,27 @@ def distances(estimates: Sequence[Maps], target: Maps) -> Tensor:
     """``MSE(e_i, F_T)``, (levels, N + 1), for the log: it must fall with training."""
     levels = estimates[0]
     return torch.stack([torch.stack([mse(e[p], target[p]) for e in estimates]) for p in levels])
+
+
+def feature_terms(
+    estimates: Sequence[Maps],
+    residuals: Sequence[Maps],
+    target: Maps,
+    scales: Sequence[float],
+    deviation: Maps | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Feature and residual losses by term, the latter only if there are branches, and the distances.
+
+    Args:
+        estimates: ``e_0..e_N``.
+        residuals: ``d_1..d_N``.
+        target: ``F_T``.
+        scales: ``s_1..s_N``.
+        deviation: ``sigma_T``; the distances are then standardised too. None for 1.
+    """
+    estimates, residuals = ([standardised(m, deviation) for m in x] for x in (estimates, residuals))
+    target = standardised(target, deviation)
+    terms = {"feature": feature_loss(estimates[0], target)}
+    if scales:
+        terms["residual"] = residual_loss(residuals, estimates, target, scales)
+    return terms, distances(estimates, target)

@@ -15,9 +15,15 @@ from era.losses import at_least_float32
 
 
 def estimate_distances(
-    zeroth: Tensor, target: Tensor, factors: Tensor | None, projection: Tensor | None, count: int
+    zeroth: Tensor,
+    target: Tensor,
+    factors: Tensor | None,
+    projection: Tensor | None,
+    count: int,
+    deviation: Tensor | None = None,
 ) -> Tensor:
-    """``MSE(e_i, F_T)`` for i = 0..N at one level, each with gradient into its newest part alone.
+    """``MSE(e_i, F_T)``, or ``MSE(e_i / sigma_T, F_T / sigma_T)``, for i = 0..N at one level, each with gradient into
+    its newest part alone.
 
     Value 0 sends gradient into ``zeroth``; value i > 0 into ``g_i`` and ``P_i``: exactly the gradients of
     ``MSE(e_0, sg F_T)`` and of ``MSE(d_i, sg(F_T - e_{i-1}))``.
@@ -28,6 +34,7 @@ def estimate_distances(
         factors: ``g_1..g_N`` side by side, (B, N * h, H, W); not read if ``count`` is 0.
         projection: ``P_1..P_N`` side by side, (C, N * h), with ``d_i = P_i g_i``; None for ``d_i = g_i``.
         count: N.
+        deviation: ``sigma_T``, (C,), a constant: rows of ``r_0`` and of ``P`` are divided by it. None for 1.
 
     Returns:
         (N + 1,), float32 or wider.
@@ -41,15 +48,21 @@ def estimate_distances(
         )
     if count == 0:
         factors = projection = None
-    return _Distances.apply(zeroth, target, factors, projection, count)
+    elif deviation is not None and projection is not None:
+        projection = projection / deviation[:, None]
+    elif deviation is not None:
+        factors = factors / deviation.repeat(count)[:, None, None]
+    return _Distances.apply(zeroth, target, factors, projection, count, deviation)
 
 
 class _Distances(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zeroth, target, factors, projection, count):
+    def forward(ctx, zeroth, target, factors, projection, count, deviation):
         ctx.count, size = count, max(zeroth.numel(), 1)
         with torch.autocast(zeroth.device.type, enabled=False):
             remaining = at_least_float32(zeroth) - at_least_float32(target)  # r_0
+            if deviation is not None:
+                remaining /= deviation[:, None, None]
             first = _square_sum(remaining)
             squares, to_projection = first[None], None
             if count > 0 and projection is None:
@@ -65,15 +78,16 @@ class _Distances(torch.autograd.Function):
                 )
                 squares = torch.cat([squares, (first + changes).clamp(min=0)])
         # Gradients are scaled in float32, factor 2 / numel included, which float16 could not hold alone.
-        ctx.save_for_backward(remaining, factors, projection, to_projection)
+        ctx.save_for_backward(remaining, factors, projection, to_projection, deviation)
         ctx.zeroth_dtype = zeroth.dtype
         return squares / size
 
     @staticmethod
     def backward(ctx, upstream):
-        remaining, factors, projection, to_projection = ctx.saved_tensors
+        remaining, factors, projection, to_projection, deviation = ctx.saved_tensors
         scales = upstream * (2.0 / max(remaining.numel(), 1))
-        to_zeroth = (remaining * scales[0]).to(ctx.zeroth_dtype)
+        by_row = scales[0] if deviation is None else (scales[0] / deviation)[:, None, None]
+        to_zeroth = (remaining * by_row).to(ctx.zeroth_dtype)
         to_factors = None
         with torch.autocast(remaining.device.type, enabled=False):
             if factors is not None and projection is None:
@@ -91,7 +105,7 @@ class _Distances(torch.autograd.Function):
                 to_projection = (to_projection * by_column).to(projection.dtype)
         if to_factors is not None:
             to_factors = to_factors.to(factors.dtype)
-        return to_zeroth, None, to_factors, to_projection, None
+        return to_zeroth, None, to_factors, to_projection, None, None
 
 
 def _changes(remaining: Tensor, g: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,66 @@
+"""The teacher's own standard deviation by channel, running over training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from era.losses import at_least_float32
+
+MOMENTUM = 0.01  # weight of the newest batch after the first 1 / MOMENTUM of them
+# A channel's variance counts as at least this part of the mean variance, over all channels and levels: an
+# error in a channel that the teacher hardly uses, or on a level of one position, is not blown up without limit.
+SMALLEST_PART = 1e-4
+
+
+class TeacherDeviation(nn.Module):
+    """``sigma_T``, the standard deviation of every channel of the teacher's maps, by level.
+
+    The variance is the mean over B, H, W (padding included) around the channel's mean in the batch, averaged
+    over the first ``1 / momentum`` batches and from then on exponentially with weight ``momentum`` for the newest.
+    It comes from the teacher alone: no gradient, nothing to train, and the batch in hand counts too.
+
+    With several processes the batch's variance is the mean of every process's own (one all-reduce of levels
+    x channels numbers a step), so all of them scale by the same numbers, and any may save them.
+
+    Args:
+        levels: names of the levels.
+        channels: C_T.
+        momentum: above 0, at most 1.
+
+    Attributes:
+        variance: buffer (levels, C_T), the running variance.
+        batches: buffer, how many batches it has seen.
+    """
+
+    def __init__(self, levels: Sequence[str], channels: int, momentum: float = MOMENTUM):
+        super().__init__()
+        self.levels = tuple(levels)
+        self.momentum = momentum
+        self.register_buffer("variance", torch.zeros(len(self.levels), channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take one batch in.
+
+        Args:
+            target: ``F_T``, level name to (B, C_T, H, W).
+
+        Returns:
+            ``sigma_T`` with this batch in it, level name to (C_T,), above 0.
+        """
+        maps = [at_least_float32(target[level]) for level in self.levels]
+        newest = torch.stack([x.var((0, 2, 3), correction=0) for x in maps]).to(self.variance)
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(newest)
+            newest /= comm.get_world_size()
+        self.batches += 1
+        weight = self.batches.reciprocal().clamp(min=self.momentum).to(newest)
+        self.variance.lerp_(newest, weight)
+        smallest = SMALLEST_PART * self.variance.mean() + 1e-12
+        deviation = self.variance.maximum(smallest).sqrt()
+        return dict(zip(self.levels, deviation.unbind(), strict=True))
