@@ -14,17 +14,22 @@ from detectron2.utils.events import EventStorage
 from era.losses import mse
 from era.methods.era.fast import Levers
 from era.methods.era.fast.factored import factored_estimates
-from era.methods.era.fast.heads import FastHeads, knows_rpn_head
+from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.patches import gather_patches
 from era.methods.era.fast.residual import estimate_distances
-from era.methods.era.losses import residual_mse
+from era.methods.era.fast.rpn import knows_rpn_head
+from era.methods.era.losses import residual_mse, standardised
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
-from era.methods.era.twi import twi_loss
+from era.methods.era.twi import SoftJudges, soft_twi_loss, twi_loss
 from era.modeling.detectors import detector_of
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import sample_proposals, split
 
 WEIGHTS = [1.0, 0.25, 0.125]
+SOFT = [
+    "MODEL.ERA.TWI.SOFT_RPN_WEIGHT", "1.0", "MODEL.ERA.TWI.SOFT_ROI_WEIGHT", "0.5",
+    "MODEL.ERA.TWI.SOFT_POSITIONS",
+]  # fmt: skip
 
 # name: (options of the student and of the teacher alike, of the student alone, of MBRNet)
 MODELS = {
@@ -134,7 +139,7 @@ def assert_heads_equal_the_definition(fast, estimator, step, student, samples_pe
     with EventStorage(0):
         for part in filter(fast.knows, ("rpn", "roi")):
             assert_equal_to_reference(
-                fast.loss(part, factored, weights, step),
+                fast.losses(part, factored, weights, step)["twi"],
                 twi_loss(
                     fast.judge, part, cumulative, weights, step, samples_per_image=samples_per_image
                 ),
@@ -150,6 +155,51 @@ def test_fast_heads_equal_the_definition(case):
     assert fast.knows("rpn") == (case != "two RPN convs") and fast.knows("roi")
     assert fast.reuses_pooling == (case != "another pooler")
     assert_heads_equal_the_definition(fast, estimator, step, student, 10)
+
+
+def assert_soft_heads_equal_the_definition(fast, estimator, step, student, *, hard):
+    """Softly, both parts of the heads on random maps as the teacher's; the hard losses beside them alike."""
+    weights = WEIGHTS[: len(estimator.mbrnet.branches) + 1]
+    factored = factored_estimates(estimator, step.features)
+    cumulative = estimator(step.features).cumulative()
+    target = {level: torch.randn_like(x) for level, x in cumulative[0].items()}
+    with EventStorage(0):
+        for part in filter(fast.knows_soft, ("rpn", "roi")):
+            found = fast.losses(part, factored, weights, step, hard=hard, target=target)
+            assert set(found) == ({"twi", "soft"} if hard else {"soft"})
+            options = {"samples_per_image": fast.samples_per_image}
+            expected = soft_twi_loss(
+                fast.judge, part, cumulative, weights, target, step, soft=fast.soft, **options
+            )
+            assert_equal_to_reference(found["soft"], expected, student, estimator)
+            if hard:
+                expected = twi_loss(fast.judge, part, cumulative, weights, step, **options)
+                assert_equal_to_reference(found["twi"], expected, student, estimator)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_fast_soft_heads_equal_the_definition(case):
+    student, teacher, estimator, step = setting(case, (2, 3))
+    soft = SoftJudges(("rpn", "roi"), "sampled", temperature=2.0)
+    fast = FastHeads(detector_of(teacher), detector_of(student), 10, soft=soft)
+    assert fast.knows_soft("rpn") == (case != "two RPN convs") and fast.knows_soft("roi")
+    assert_soft_heads_equal_the_definition(fast, estimator, step, student, hard=True)
+
+
+@pytest.mark.parametrize("objects", [(0, 0), (3, 0), (2,)], ids=["none", "half", "one image"])
+def test_fast_soft_heads_alone_without_objects_and_of_one_image(objects):
+    student, teacher, estimator, step = setting("default", objects, (50, 70))
+    soft = SoftJudges(("rpn", "roi"), "sampled")
+    fast = FastHeads(detector_of(teacher), detector_of(student), 0, soft=soft)
+    assert_soft_heads_equal_the_definition(fast, estimator, step, student, hard=False)
+
+
+def test_soft_judgements_at_all_anchors_are_left_to_the_definition():
+    student, teacher, _, _ = setting("default", (1,))
+    judges = detector_of(teacher), detector_of(student)
+    fast = FastHeads(*judges, 10, soft=SoftJudges(("rpn", "roi"), "all"))
+    assert fast.knows("rpn") and not fast.knows_soft("rpn") and fast.knows_soft("roi")
+    assert "soft RPN pass dense" in fast.describe()
 
 
 def assert_default_equals_definition(objects, size=(64, 96), **options):
@@ -187,9 +237,15 @@ def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
         ["MODEL.ERA.NORM", "GN", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"],
         ["MODEL.FPN.OUT_CHANNELS", "12", "MODEL.ERA.SHARED_UP_PROJECTION", "True"],
         ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
+        ["MODEL.ERA.STANDARDIZE", "teacher", *SOFT, "sampled"],
+        ["MODEL.ERA.STANDARDIZE", "teacher", "MODEL.ERA.NORM", "GN", *SOFT, "all"],
+        [*SOFT, "sampled", "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0"],
     ],
-    ids=["default", "norms, all proposals", "adapter", "no branches"],
-)
+    ids=[
+        "default", "norms, all proposals", "adapter", "no branches", "standardised, soft",
+        "standardised, norms, soft at all anchors", "soft alone",
+    ],
+)  # fmt: skip
 def test_the_method_computes_the_same_fast_and_as_defined(opts):
     """All losses, statistics and gradients of a whole step, ``MODEL.ERA.FAST`` True and False, float32."""
     found = []
@@ -206,11 +262,12 @@ def test_the_method_computes_the_same_fast_and_as_defined(opts):
             torch.testing.assert_close(fast[key], value, rtol=2e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("target", ["none", "teacher"])
 @pytest.mark.parametrize("lever", ["narrow_residual", "fused_branches"])
-def test_levers_of_the_feature_losses_change_no_number(lever):
+def test_levers_of_the_feature_losses_change_no_number(lever, target):
     found = []
     for levers in (Levers(), Levers(**{lever: False})):
-        model = tiny_model("era")
+        model = tiny_model("era", "MODEL.ERA.STANDARDIZE", target)
         fast = model.methods["era"].fast_terms
         fast.levers = levers
         losses, _ = losses_of(model, batch())
@@ -235,9 +292,10 @@ def test_factors_multiply_out_to_the_residuals(case):
             torch.testing.assert_close(a[level], b[level], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("is_standardised", [False, True])
 @pytest.mark.parametrize("projected", [True, False])
-def test_distances_and_their_gradients(projected):
-    """Without the wide maps the same as mse and residual_mse on them."""
+def test_distances_and_their_gradients(projected, is_standardised):
+    """Without the wide maps the same as mse and residual_mse on them, standardised or not."""
 
     def rand(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -246,16 +304,21 @@ def test_distances_and_their_gradients(projected):
     factors = rand(2, 3 * (3 if projected else 6), 4, 5)
     projection = rand(6, 9) if projected else None
     weights = torch.tensor([5.0, 1.0, 0.5, 0.25], dtype=torch.float64)
+    sigma = torch.rand(6, dtype=torch.float64) + 0.1 if is_standardised else None
 
-    estimates, expected = [zeroth], [mse(zeroth, target.detach())]
+    def scaled(x):
+        return standardised({"p3": x}, {"p3": sigma} if is_standardised else None)["p3"]
+
+    goal = scaled(target.detach())
+    estimates, expected = [zeroth], [mse(scaled(zeroth), goal)]
     for i, factor in enumerate(factors.chunk(3, dim=1)):
         d = factor
         if projected:
             d = torch.einsum("ch,bhyx->bcyx", projection[:, 3 * i : 3 * i + 3], factor)
-        expected.append(residual_mse(d, estimates[-1], target))
+        expected.append(residual_mse(scaled(d), scaled(estimates[-1]), goal))
         estimates.append(estimates[-1] + d)
     expected = torch.stack(expected)
-    found = estimate_distances(zeroth, target, factors, projection, 3)
+    found = estimate_distances(zeroth, target, factors, projection, 3, sigma)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
     leaves = [zeroth, factors, *([projection] if projected else [])]

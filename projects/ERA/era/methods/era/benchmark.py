@@ -8,8 +8,10 @@ from dataclasses import fields
 from detectron2.config import CfgNode
 
 from era.methods.base import Method
+from era.methods.era.config import BY_TEACHER
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector
+from era.modeling.detectors.base import ALL_POSITIONS, SAMPLED_POSITIONS
 from era.modeling.teacher import Teacher
 
 Builder = Callable[[CfgNode, Detector, Teacher], Method]
@@ -20,7 +22,11 @@ MIMIC = (
     "KD_WEIGHT", 0.0,
     "TWI.RPN_WEIGHT", 0.0,
     "TWI.ROI_WEIGHT", 0.0,
+    "TWI.SOFT_RPN_WEIGHT", 0.0,
+    "TWI.SOFT_ROI_WEIGHT", 0.0,
 )  # fmt: skip
+SOFT = ("TWI.SOFT_RPN_WEIGHT", 1.0, "TWI.SOFT_ROI_WEIGHT", 1.0, "TWI.SOFT_POSITIONS")
+NO_HARD = ("TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0)
 BRANCHES = (1, 2, 8)
 
 
@@ -66,6 +72,10 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
     }.items():
         on = cfg.MODEL.ERA.TWI[key[4:]] if key.startswith("TWI.") else cfg.MODEL.ERA[key]
         found[f"{'without' if on else 'with'} {name}"] = with_keys(key, 0.0 if on else 1.0)
+    found["with soft judges"] = with_keys(*SOFT, SAMPLED_POSITIONS)
+    found["with soft judges at all anchors"] = with_keys(*SOFT, ALL_POSITIONS)
+    found["with soft judges alone"] = with_keys(*NO_HARD, *SOFT, SAMPLED_POSITIONS)
+    found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
     for count in BRANCHES:
         scales = [0.5**i for i in range(count)]
         found[f"N = {count}"] = with_keys("NUM_BRANCHES", count, "SCALES", scales)

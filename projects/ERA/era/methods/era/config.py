@@ -10,8 +10,10 @@ from detectron2.config import CfgNode
 
 from era.errors import UserError
 from era.methods.base import check_weights
+from era.modeling.detectors.base import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
+RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -39,13 +41,22 @@ def add_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.FEATURE_WEIGHT = 1.0  # w_f: MSE(e_0, F_T)
     _C.MODEL.ERA.RESIDUAL_WEIGHT = 1.0  # w_r: (1/N) sum_i s_i MSE(d_i, F_T - e_{i-1})
     _C.MODEL.ERA.KD_WEIGHT = 0.0  # w_k: tau^2 KL(teacher ROI classes || student ROI classes)
-    _C.MODEL.ERA.KD_TEMPERATURE = 1.0  # tau
+    _C.MODEL.ERA.KD_TEMPERATURE = 1.0  # tau, of the soft judges' classes too
+    # Divide e_i, d_i and F_T in the feature and residual losses by 1 (none) or by sigma_T, the teacher's own
+    # standard deviation by channel and level, running over training (teacher).
+    _C.MODEL.ERA.STANDARDIZE = RAW
 
     # Teacher Weight Integration: the teacher's heads, frozen, judge e_0 (weight 1) and every e_i (weight
     # s_i / N) against the ground truth.
     _C.MODEL.ERA.TWI = CfgNode()
     _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
     _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
+    # Soft judges, beside or in the place of the ground truth: the same heads on the same estimates match their own
+    # outputs on the teacher's maps F_T. They need no label.
+    _C.MODEL.ERA.TWI.SOFT_RPN_WEIGHT = 0.0  # weight of objectness and anchor deltas
+    _C.MODEL.ERA.TWI.SOFT_ROI_WEIGHT = 0.0  # weight of ROI classes and boxes
+    # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
+    _C.MODEL.ERA.TWI.SOFT_POSITIONS = ALL_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
     # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
     _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
@@ -85,6 +96,8 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.ERA.KD_WEIGHT": era.KD_WEIGHT,
             "MODEL.ERA.TWI.RPN_WEIGHT": era.TWI.RPN_WEIGHT,
             "MODEL.ERA.TWI.ROI_WEIGHT": era.TWI.ROI_WEIGHT,
+            "MODEL.ERA.TWI.SOFT_RPN_WEIGHT": era.TWI.SOFT_RPN_WEIGHT,
+            "MODEL.ERA.TWI.SOFT_ROI_WEIGHT": era.TWI.SOFT_ROI_WEIGHT,
             **{f"MODEL.ERA.SCALES[{i}]": s for i, s in enumerate(era.SCALES)},
         }
     )
@@ -93,6 +106,13 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.ERA.TWI.PROPOSALS_PER_IMAGE is {era.TWI.PROPOSALS_PER_IMAGE}: expected a number of "
             "proposals, or 0 for all."
         )
+    for key, value, known in (
+        ("STANDARDIZE", era.STANDARDIZE, (RAW, BY_TEACHER)),
+        ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
+        ("NORM", era.NORM, NORMS),
+    ):
+        if value not in known:
+            raise UserError(f"MODEL.ERA.{key} is {value!r}: expected one of {', '.join(known)}.")
     if era.NUM_BRANCHES < 0:
         raise UserError(f"MODEL.ERA.NUM_BRANCHES is {era.NUM_BRANCHES}: expected 0 or more.")
     if len(era.SCALES) != era.NUM_BRANCHES:
@@ -100,8 +120,6 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.ERA.SCALES has {len(era.SCALES)} numbers and MODEL.ERA.NUM_BRANCHES is "
             f"{era.NUM_BRANCHES}: expected one scale a branch; change one of the two."
         )
-    if era.NORM not in NORMS:
-        raise UserError(f"MODEL.ERA.NORM is {era.NORM!r}: expected one of {', '.join(NORMS)}.")
     if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
         raise UserError(
             f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on."

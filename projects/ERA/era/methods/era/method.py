@@ -7,7 +7,7 @@ project's adaptation, not a reproduction (README.md, "ERA for detection").
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,12 @@ from era.methods.base import Chart, Method, Needs, check_levels
 from era.methods.era import benchmark, config
 from era.methods.era.fast import ALL_ON, FastTerms, Levers
 from era.methods.era.inference import EstimatingBackbone
-from era.methods.era.losses import distances, feature_loss, residual_loss
+from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
-from era.methods.era.twi import judge_weights, twi_loss
+from era.methods.era.standardise import TeacherDeviation
+from era.methods.era.twi import SoftJudges, judge_weights, judgements
 from era.modeling.detectors import Detector
+from era.modeling.detectors.base import ALL_POSITIONS
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY
@@ -36,22 +38,24 @@ LOG_PERIOD = 20  # iterations between statistics: the period of Detectron2's wri
 
 @METHOD_REGISTRY.register()
 class ERA(Method):
-    """Feature, residual, TWI and KD losses on estimates of the teacher's FPN.
+    """Feature, residual, TWI, soft TWI and KD losses on estimates of the teacher's FPN.
 
     Args:
         estimator: adapter and MBRNet.
         teacher: the frozen teacher; not registered as a submodule.
         student: the student.
         scales: ``s_1..s_N``.
-        weights: of the terms ``feature`` (w_f), ``residual`` (w_r), ``kd`` (w_k) and ``twi_<part>`` of the
-            teacher's heads; 0 leaves a term out.
-        kd_temperature: ``tau``.
+        weights: of the terms ``feature`` (w_f), ``residual`` (w_r), ``kd`` (w_k), ``twi_<part>`` and
+            ``soft_<part>`` of the teacher's heads; 0 leaves a term out.
+        kd_temperature: ``tau``, of KD and of the soft judges.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
         samples_per_image: on how many of the student's sampled proposals an image ``e_1..e_N`` are judged
             by the ROI head, and how many the KD loss looks at; 0 = all.
         fast: compute the same numbers cheaply.
         compile_estimator: run the estimator in training through ``torch.compile``.
         levers: what of the fast path is switched on.
+        deviation: gives ``sigma_T``, by which feature and residual losses divide; None for 1.
+        soft_positions: where the soft judgements of dense heads look, ``all`` or ``sampled``.
     """
 
     idea = "approach the teacher's features in residual steps, each judged by the teacher's frozen heads"
@@ -61,6 +65,8 @@ class ERA(Method):
         "loss_era_residual": "residual: the branches",
         "loss_era_twi_rpn": "TWI: teacher's RPN head",
         "loss_era_twi_roi": "TWI: teacher's ROI head",
+        "loss_era_soft_rpn": "soft judges: teacher's RPN head",
+        "loss_era_soft_roi": "soft judges: teacher's ROI head",
         "loss_era_kd": "KD: teacher's classes",
     }
     charts: ClassVar = (
@@ -72,7 +78,8 @@ class ERA(Method):
             log_scale=True,
             explanation="e₀ is the student's feature map brought to the teacher's channels; each branch of "
             "MBRNet adds a step, so e₁, e₂, … should come closer to the teacher's features F_T, and all should "
-            "fall with training. A lower residual is not a higher AP.",
+            "fall with training; with a standardised target they are in units of the teacher's variance. A "
+            "lower residual is not a higher AP.",
         ),
     )
     alpha_key = "MODEL.ERA.ALPHA"
@@ -94,6 +101,8 @@ class ERA(Method):
         fast: bool = True,
         compile_estimator: bool = False,
         levers: Levers = ALL_ON,
+        deviation: TeacherDeviation | None = None,
+        soft_positions: str = ALL_POSITIONS,
     ):
         super().__init__()
         self.estimator = estimator
@@ -102,11 +111,15 @@ class ERA(Method):
         self.kd_temperature = kd_temperature
         self.alpha = alpha
         self.samples_per_image = samples_per_image
+        self.deviation = deviation
         # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
-        self.judged_parts = tuple(
-            part for part in teacher.detector.parts if self.weights.get(f"twi_{part}", 0) > 0
+        self.judged_parts, softly = (
+            tuple(p for p in teacher.detector.parts if self.weights.get(f"{kind}_{p}", 0) > 0)
+            for kind in ("twi", "soft")
         )
+        self.soft = SoftJudges(softly, soft_positions, kd_temperature)
+        self._judges = bool(self.judged_parts or softly)
         self.fast_terms = None
         if fast:
             self.fast_terms = FastTerms(
@@ -117,12 +130,13 @@ class ERA(Method):
                 samples_per_image,
                 compiled=compile_estimator,
                 levers=levers,
+                soft=self.soft,
             )
         compiled = torch.compile(estimator, dynamic=True) if compile_estimator else estimator
         self._estimate = (compiled,)
-        if not self.judged_parts and self.weights["residual"] == 0:
+        if not self._judges and self.weights["residual"] == 0:
             estimator.mbrnet.requires_grad_(False)
-        if not self.judged_parts and self.weights["feature"] == 0:
+        if not self._judges and self.weights["feature"] == 0:
             estimator.adapter.requires_grad_(False)
 
     @classmethod
@@ -146,8 +160,18 @@ class ERA(Method):
             "kd": era.KD_WEIGHT,
             "twi_rpn": era.TWI.RPN_WEIGHT,
             "twi_roi": era.TWI.ROI_WEIGHT,
+            "soft_rpn": era.TWI.SOFT_RPN_WEIGHT,
+            "soft_roi": era.TWI.SOFT_ROI_WEIGHT,
         }
-        if weights["twi_rpn"] > 0 or weights["twi_roi"] > 0 or era.ALPHA > 0:
+        for part in ("rpn", "roi"):
+            if weights[f"soft_{part}"] > 0 and part not in judge.soft_parts:
+                raise UserError(
+                    f"MODEL.ERA.TWI.SOFT_{part.upper()}_WEIGHT is {weights[f'soft_{part}']}, and the teacher is a "
+                    f"{type(judge).__name__}, whose heads have no soft judge {part!r} (only {list(judge.soft_parts)}): "
+                    "set it to 0, or name another teacher."
+                )
+        judged = any(w > 0 for name, w in weights.items() if name.startswith(("twi_", "soft_")))
+        if judged or era.ALPHA > 0:
             judge.check_judge(
                 student, "ERA with TWI or alpha above 0 (MODEL.ERA.TWI, MODEL.ERA.ALPHA)"
             )
@@ -184,6 +208,10 @@ class ERA(Method):
             "samples_per_image": era.TWI.PROPOSALS_PER_IMAGE,
             "fast": era.FAST,
             "compile_estimator": era.COMPILE,
+            "deviation": TeacherDeviation(levels, out_channels)
+            if era.STANDARDIZE == config.BY_TEACHER
+            else None,
+            "soft_positions": era.TWI.SOFT_POSITIONS,
         }
 
     @classmethod
@@ -203,17 +231,20 @@ class ERA(Method):
         - ``loss_era_residual`` = (w_r / N) * sum_i s_i * MSE(d_i, sg(F_T - e_{i-1}));
         - ``loss_era_twi_rpn``, ``loss_era_twi_roi``: the teacher's heads on e_0 (weight 1) and on every
           e_i (weight s_i / N), against the ground truth;
+        - ``loss_era_soft_rpn``, ``loss_era_soft_roi``: the same against their own outputs on F_T;
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
 
         Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
         i = 0..N, goes into the event storage: it must fall with training.
+
+        With ``MODEL.ERA.STANDARDIZE`` "teacher" F_T, e_i and d_i are divided by sigma_T in the first two terms and in
+        what is logged, see :class:`TeacherDeviation`.
         """
         terms = {}
-        if self.judged_parts or self.weights["feature"] > 0 or self.weights["residual"] > 0:
-            if self.fast_terms is not None:
-                terms, measured = self.fast_terms(step, self.scales)
-            else:
-                terms, measured = self._terms(step)
+        if self._judges or self.weights["feature"] > 0 or self.weights["residual"] > 0:
+            deviation = None if self.deviation is None else self.deviation(step.teacher_features)
+            compute = self._terms if self.fast_terms is None else self.fast_terms
+            terms, measured = compute(step, self.scales, deviation)
             self._log(measured)
         if self.weights["kd"] > 0:
             terms["kd"] = self._kd_term(step)
@@ -223,25 +254,29 @@ class ERA(Method):
             if self.weights[name] > 0
         }
 
-    def _terms(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
-        """The feature, residual and TWI losses as they are defined, without their weights, and the distances
+    def _terms(
+        self, step: Step, scales: Sequence[float], deviation: dict[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The feature, residual and both TWI losses as they are defined, without their weights, and the distances
         of all estimates, (levels, N + 1); the reference of :class:`FastTerms`."""
         target = step.teacher_features
         estimates = self._estimate[0](step.student.features)  # e_0 and d_1..d_N
         cumulative = estimates.cumulative()  # e_0..e_N
-        terms = {"feature": feature_loss(estimates.zeroth, target)}
-        if self.scales:
-            terms["residual"] = residual_loss(estimates.residuals, cumulative, target, self.scales)
-        for part in self.judged_parts:
-            terms[f"twi_{part}"] = twi_loss(
+        terms, measured = feature_terms(cumulative, estimates.residuals, target, scales, deviation)
+        for part in self.teacher.detector.parts:
+            found = judgements(
                 self.teacher.detector,
                 part,
                 cumulative,
-                judge_weights(self.scales),
+                judge_weights(scales),
+                target,
                 step.student,
                 samples_per_image=self.samples_per_image,
+                hard=part in self.judged_parts,
+                soft=self.soft if part in self.soft.parts else None,
             )
-        return terms, distances(cumulative, target)
+            terms |= {f"{kind}_{part}": loss for kind, loss in found.items()}
+        return terms, measured
 
     def _kd_term(self, step: Step) -> Tensor:
         """``tau^2 KL(teacher || student)`` of ROI classes, on the sample of proposals that the heads judge."""

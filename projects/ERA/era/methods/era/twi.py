@@ -2,17 +2,38 @@
 
 ERA lets the teacher's classifier judge every estimate of the teacher's pooled feature. Here the estimate
 is an FPN, so the judges are the detection heads, and the losses are the teacher's own detection losses
-against the ground truth. Gradients pass through the heads into the estimate; the heads' weights never
-change.
+against the ground truth; soft judges ask instead that the heads say of the estimate what they say of the
+teacher's maps (ERA's option ``featKL``, CrossKD). Gradients pass through the heads into the estimate; the
+heads' weights never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from era.modeling.detectors import Detector, Recording
+from era.modeling.detectors.base import ALL_POSITIONS
+
+
+@dataclass(frozen=True)
+class SoftJudges:
+    """How the teacher's heads judge softly.
+
+    Attributes:
+        parts: of the heads; none = not at all.
+        positions: ``all`` anchors of a dense head, or those that the student ``sampled``.
+        temperature: ``tau`` of class distributions.
+    """
+
+    parts: tuple[str, ...] = ()
+    positions: str = ALL_POSITIONS
+    temperature: float = 1.0
+
+
+NO_SOFT_JUDGES = SoftJudges()
 
 
 def judge_weights(scales: Sequence[float]) -> list[float]:
@@ -46,3 +67,76 @@ def twi_loss(
         loss = judge.head_loss(part, estimate, recording, samples_per_image=count)
         total = total + weight * loss
     return total
+
+
+def soft_twi_loss(
+    judge: Detector,
+    part: str,
+    estimates: Sequence[dict[str, Tensor]],
+    weights: Sequence[float],
+    target: dict[str, Tensor],
+    recording: Recording,
+    *,
+    samples_per_image: int,
+    soft: SoftJudges,
+) -> Tensor:
+    """``sum_i w_i * D(h_T(e_i), sg h_T(F_T))``: one part of the teacher's heads judges every estimate by its own
+    outputs on the teacher's maps, which are computed once; ``D`` is :meth:`Detector.soft_head_loss`.
+
+    Args:
+        judge, part, estimates, weights, recording: as in :func:`twi_loss`.
+        target: ``F_T``, level name to (B, C_T, H, W).
+        samples_per_image: as in :func:`twi_loss`; dense heads look at the positions that ``soft`` names.
+        soft: how they judge.
+    """
+    targets = judge.soft_targets(part, target, recording, positions=soft.positions)
+    total = 0.0
+    for i, (weight, estimate) in enumerate(zip(weights, estimates, strict=True)):
+        loss = judge.soft_head_loss(
+            part,
+            estimate,
+            targets,
+            recording,
+            samples_per_image=samples_per_image if i > 0 else 0,
+            positions=soft.positions,
+            temperature=soft.temperature,
+        )
+        total = total + weight * loss
+    return total
+
+
+def judgements(
+    judge: Detector,
+    part: str,
+    estimates: Sequence[dict[str, Tensor]],
+    weights: Sequence[float],
+    target: dict[str, Tensor],
+    recording: Recording,
+    *,
+    samples_per_image: int,
+    hard: bool,
+    soft: SoftJudges | None,
+) -> dict[str, Tensor]:
+    """:func:`twi_loss` under ``twi`` and :func:`soft_twi_loss` under ``soft``, as far as each is asked for.
+
+    Args:
+        hard: whether the ground truth is asked.
+        soft: how the heads judge by their own outputs on ``target``; None if they do not.
+    """
+    found = {}
+    if hard:
+        found["twi"] = twi_loss(
+            judge, part, estimates, weights, recording, samples_per_image=samples_per_image
+        )
+    if soft is not None:
+        found["soft"] = soft_twi_loss(
+            judge,
+            part,
+            estimates,
+            weights,
+            target,
+            recording,
+            samples_per_image=samples_per_image,
+            soft=soft,
+        )
+    return found

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Boxes
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from era.losses import at_least_float32
 from era.methods.era.fast.factored import FactoredEstimates
 from era.methods.era.fast.levers import ALL_ON, Levers
-from era.methods.era.fast.patches import gather_patches
+from era.methods.era.fast.rpn import (
+    hard_losses,
+    knows_rpn_head,
+    predict_sampled,
+    sampled_anchors,
+    soft_losses,
+)
+from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges
+from era.modeling.detectors.base import SAMPLED_POSITIONS, Predictions
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, Stratum
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.detectors.rcnn_losses import RCNNRecording, boxes_and_truth, deltas_of_class
+from era.modeling.detectors.rcnn_soft import soft_proposal_losses
 
 
 class FastHeads:
@@ -34,6 +41,7 @@ class FastHeads:
         student: whose box pooler's output on ``e_0`` is used again if the teacher's gives the same.
         samples_per_image: as in :func:`era.methods.era.twi.twi_loss`.
         levers: what is switched on.
+        soft: how the heads judge softly.
     """
 
     def __init__(
@@ -42,11 +50,13 @@ class FastHeads:
         student: RCNN,
         samples_per_image: int,
         levers: Levers = ALL_ON,
+        soft: SoftJudges = NO_SOFT_JUDGES,
     ):
         self.judge = judge
         self.rpn = judge.model.proposal_generator
         self.roi_heads = judge.model.roi_heads
         self.samples_per_image = samples_per_image
+        self.soft = soft
         self.sparse_rpn = levers.sparse_rpn and knows_rpn_head(self.rpn)
         self.stacked_roi = (
             levers.stacked_roi and type(self.roi_heads.box_predictor) is FastRCNNOutputLayers
@@ -60,116 +70,90 @@ class FastHeads:
         rpn = "sparse" if self.sparse_rpn else "dense (as defined)"
         roi = "stacked" if self.stacked_roi else "one by one (as defined)"
         pooling = "reused" if self.stacked_roi and self.reuses_pooling else "its own"
-        return f"RPN pass {rpn}; ROI pass {roi}, e_0's pooling {pooling}"
+        soft = ""
+        if "rpn" in self.soft.parts and not self.knows_soft("rpn"):
+            soft = "; soft RPN pass dense (as defined)"
+        return f"RPN pass {rpn}; ROI pass {roi}, e_0's pooling {pooling}{soft}"
 
     def knows(self, part: str) -> bool:
         """Whether this part of the heads has a fast path; the definition serves for the others."""
         return {"rpn": self.sparse_rpn, "roi": self.stacked_roi}[part]
 
-    def loss(
+    def knows_soft(self, part: str) -> bool:
+        """Whether this part has a fast path for soft judgements: dense heads at sampled positions alone."""
+        return self.knows(part) and (part != "rpn" or self.soft.positions == SAMPLED_POSITIONS)
+
+    def losses(
         self,
         part: str,
         estimates: FactoredEstimates,
         weights: list[float],
         recording: RCNNRecording,
-    ) -> Tensor:
-        """As :func:`era.methods.era.twi.twi_loss`, of factored estimates and a part that it knows."""
-        by_part = {"rpn": self._rpn_loss, "roi": self._roi_loss}
-        return by_part[part](estimates, weights, recording)
+        *,
+        hard: bool = True,
+        target: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """As :func:`era.methods.era.twi.twi_loss` under ``twi`` and :func:`era.methods.era.twi.soft_twi_loss` under
+        ``soft``, of factored estimates and a part that it knows, from the same predictions.
+
+        Args:
+            hard: whether the ground truth is asked.
+            target: ``F_T``, level name to (B, C_T, H, W), for soft judgements; None for none.
+        """
+        by_part = {"rpn": self._rpn_losses, "roi": self._roi_losses}
+        return by_part[part](estimates, weights, recording, hard, target)
 
     # ---- RPN: N + 1 estimates at A sampled anchors -------------------------------------------------
 
-    def _rpn_loss(
-        self, estimates: FactoredEstimates, weights: list[float], recording: RCNNRecording
-    ) -> Tensor:
-        labels = torch.stack(recording.anchor_labels)
-        image, anchor = (labels >= 0).nonzero(as_tuple=True)
-        hidden, order, slots = self._rpn_hidden(estimates, image, anchor)
-        image, anchor = image[order], anchor[order]
-        target = labels[image, anchor]
-        head, rows = self.rpn.rpn_head, torch.arange(len(slots), device=slots.device)
-        logits = F.linear(
-            hidden, head.objectness_logits.weight.flatten(1), head.objectness_logits.bias
-        )
-        logits = at_least_float32(logits[:, rows, slots])  # (N + 1, A)
-        deltas = F.linear(hidden, head.anchor_deltas.weight.flatten(1), head.anchor_deltas.bias)
-        deltas = at_least_float32(deltas.unflatten(2, (-1, 4))[:, rows, slots])  # (N + 1, A, 4)
-
-        truth = target.to(logits.dtype).expand_as(logits)
-        objectness = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(1)
-        objects = (target == 1).nonzero(as_tuple=True)[0]
-        image, anchor = image[objects], anchor[objects]
-        boxes = Boxes.cat(recording.anchors).tensor[anchor]
-        matched = torch.stack(recording.anchor_boxes)[image, anchor]
-        location = box_losses(self.rpn, boxes, matched, deltas[:, objects]).sum(1)
-        scale = self.rpn.loss_weight
-        losses = (
-            scale.get("loss_rpn_cls", 1.0) * objectness + scale.get("loss_rpn_loc", 1.0) * location
-        )
-        total = weighted_sum(losses, weights)
-        return total / (recording.anchors_per_image * len(recording.anchor_labels))
-
-    def _rpn_hidden(
-        self, estimates: FactoredEstimates, image: Tensor, anchor: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The RPN head's hidden layer of every estimate at A sampled anchors.
-
-        Returns:
-            hidden (N + 1, A, C), after the ReLU; the order in which the anchors were taken (A,), by level;
-            and each anchor's slot at its position (A,).
-        """
-        conv = self.rpn.rpn_head.conv
-        per_position = self.rpn.rpn_head.objectness_logits.out_channels
-        sizes = [estimates.zeroth[level].shape[-2:] for level in self.rpn.in_features]
-        starts, end = [], 0
-        for height, width in sizes:
-            starts.append(end)
-            end += height * width * per_position
-        bounds = torch.tensor(starts[1:], device=anchor.device)
-        level_of = torch.bucketize(anchor, bounds, right=True)
-        order = level_of.argsort(stable=True)
-        # one wait for a GPU, not one a level
-        counts = level_of.bincount(minlength=len(sizes)).tolist()
-        zeroth, factors, slots = [], [], []
-        for level, (_, width), start, own in zip(
-            self.rpn.in_features, sizes, starts, order.split(counts), strict=True
-        ):
-            position = (anchor[own] - start) // per_position
-            where = image[own], position // width, position % width
-            zeroth.append(gather_patches(estimates.zeroth[level], *where))
-            if estimates.num_branches > 0:
-                factors.append(gather_patches(estimates.factors[level], *where))
-            slots.append((anchor[own] - start) % per_position)
-        kernel = conv.weight.permute(0, 2, 3, 1)  # (out, 3, 3, in)
-        hidden = F.linear(torch.cat(zeroth).flatten(1), kernel.flatten(1), conv.bias)[None]
-        if estimates.num_branches > 0:
-            patches = torch.cat(factors).unflatten(2, (estimates.num_branches, -1))  # (A, 9, N, h)
-            patches = patches.permute(2, 0, 1, 3).flatten(2)  # (N, A, 9 * h)
-            if estimates.projection is None:
-                increments = F.linear(patches, kernel.flatten(1))
-            else:
-                own = (kernel @ estimates.projection).unflatten(3, (estimates.num_branches, -1))
-                increments = torch.bmm(patches, own.permute(3, 1, 2, 4, 0).flatten(1, 3))
-            hidden = torch.cat([hidden, increments]).cumsum(0)
-        return torch.relu(hidden), order, torch.cat(slots)
+    def _rpn_losses(
+        self,
+        estimates: FactoredEstimates,
+        weights: list[float],
+        recording: RCNNRecording,
+        hard: bool,
+        target: dict[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        anchors = sampled_anchors(self.rpn, estimates.zeroth, recording.anchor_labels)
+        predictions = predict_sampled(self.rpn, estimates, anchors)
+        found = {}
+        if hard:
+            losses = hard_losses(self.rpn, *predictions, anchors, recording)
+            normaliser = recording.anchors_per_image * len(recording.anchor_labels)
+            found["twi"] = weighted_sum(losses, weights) / normaliser
+        if target is not None:
+            losses = soft_losses(self.rpn, *predictions, anchors, target)
+            found["soft"] = weighted_sum(losses, weights)
+        return found
 
     # ---- ROI heads: e_0 on all R proposals, e_1..e_N on a sample of them -----------------------------
 
-    def _roi_loss(
-        self, estimates: FactoredEstimates, weights: list[float], recording: RCNNRecording
-    ) -> Tensor:
+    def _roi_losses(
+        self,
+        estimates: FactoredEstimates,
+        weights: list[float],
+        recording: RCNNRecording,
+        hard: bool,
+        target: dict[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
         of_zeroth, of_others = recording.sample(0), recording.sample(self.samples_per_image)
         pooled = self._pooled(estimates, of_zeroth, of_others, recording)
         features = self.roi_heads.box_head(pooled)
         predictions = [at_least_float32(x) for x in self.roi_heads.box_predictor(features)]
+        wanted = [name for name, on in {"twi": hard, "soft": target is not None}.items() if on]
         if not of_zeroth.strata:  # no proposal at all
-            return sum(x.sum() * 0 for x in predictions)
-        count = len(of_zeroth.rows)
-        total = self._sample_loss([x[None, :count] for x in predictions], of_zeroth, weights[:1])
-        if estimates.num_branches > 0:
-            others = [x[count:].unflatten(0, (estimates.num_branches, -1)) for x in predictions]
-            total = total + self._sample_loss(others, of_others, weights[1:])
-        return total
+            return {name: sum(x.sum() * 0 for x in predictions) for name in wanted}
+        count, branches = len(of_zeroth.rows), estimates.num_branches
+        groups = [([x[None, :count] for x in predictions], of_zeroth, weights[:1])]
+        if branches > 0:
+            others = [x[count:].unflatten(0, (branches, -1)) for x in predictions]
+            groups.append((others, of_others, weights[1:]))
+        found = {}
+        if hard:
+            found["twi"] = sum(self._sample_loss(*group) for group in groups)
+        if target is not None:
+            expected = self.judge.soft_targets("roi", target, recording)
+            found["soft"] = sum(self._soft_sample_loss(*group, expected) for group in groups)
+        return found
 
     def _pooled(
         self,
@@ -203,6 +187,23 @@ class FastHeads:
             for stratum in sample.strata
         )
 
+    def _soft_sample_loss(
+        self,
+        predictions: list[Tensor],
+        sample: ProposalSample,
+        weights: list[float],
+        expected: Predictions,
+    ) -> Tensor:
+        """As :meth:`_sample_loss`, against the heads' outputs on ``F_T`` on all of the step's proposals."""
+        values = soft_proposal_losses(
+            self.roi_heads.box_predictor,
+            *predictions,
+            Predictions(*(x[sample.rows] for x in expected)),
+            self.soft.temperature,
+        )
+        means = sum(s.share * values[:, s.indices].mean(1) for s in sample.strata)
+        return weighted_sum(means, weights)
+
     def _stratum_loss(
         self, logits: Tensor, deltas: Tensor, stratum: Stratum, weights: list[float]
     ) -> Tensor:
@@ -231,21 +232,6 @@ class FastHeads:
         scale = predictor.loss_weight
         losses = scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
         return weighted_sum(losses, weights)
-
-
-def knows_rpn_head(rpn: RPN) -> bool:
-    """Whether the sparse pass can stand for the RPN's head: one 3x3 conv, ReLU, two 1x1 convs."""
-    head = rpn.rpn_head
-    conv = getattr(head, "conv", None)
-    return (
-        type(head) is StandardRPNHead
-        and isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == (3, 3)
-        and conv.stride == (1, 1)
-        and conv.padding == (1, 1)
-        and getattr(conv, "norm", None) is None
-        and isinstance(getattr(conv, "activation", None), nn.ReLU)
-    )
 
 
 def equal_poolers(own: ROIPooler, other: ROIPooler) -> bool:

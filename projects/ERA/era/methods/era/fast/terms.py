@@ -1,4 +1,4 @@
-"""ERA's feature, residual and TWI losses from narrow factors of the estimates."""
+"""ERA's feature, residual, TWI and soft TWI losses from narrow factors of the estimates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from era.methods.era.fast.factored import FactoredEstimates, factored_estimates
 from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.levers import ALL_ON, Levers
 from era.methods.era.fast.residual import estimate_distances
-from era.methods.era.losses import distances, feature_loss, residual_loss
+from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator
-from era.methods.era.twi import judge_weights, twi_loss
-from era.modeling.detectors import Detector, Recording
+from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges, judge_weights, judgements
+from era.modeling.detectors import Detector
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.step import Step
 
@@ -29,10 +29,11 @@ class FastTerms:
     Args:
         estimator: adapter and MBRNet.
         judge, student: teacher and student.
-        judged_parts: of the teacher's heads.
+        judged_parts: of the teacher's heads, against the ground truth.
         samples_per_image: as in :func:`era.methods.era.twi.twi_loss`.
         compiled: factor the estimates through ``torch.compile``.
         levers: what is switched on.
+        soft: how the teacher's heads judge softly.
     """
 
     def __init__(
@@ -45,39 +46,49 @@ class FastTerms:
         *,
         compiled: bool = False,
         levers: Levers = ALL_ON,
+        soft: SoftJudges = NO_SOFT_JUDGES,
     ):
         self.estimator = estimator
         self.judge = judge
         self.judged_parts = tuple(judged_parts)
         self.samples_per_image = samples_per_image
         self.levers = levers
+        self.soft = soft
         factor = torch.compile(factored_estimates, dynamic=True) if compiled else factored_estimates
         self._factor = factor
         self.heads = None
-        if self.judged_parts and isinstance(judge, RCNN) and isinstance(student, RCNN):
-            self.heads = FastHeads(judge, student, samples_per_image, levers)
+        are_known = isinstance(judge, RCNN) and isinstance(student, RCNN)
+        if (self.judged_parts or soft.parts) and are_known:
+            self.heads = FastHeads(judge, student, samples_per_image, levers, soft)
             logger.info("TWI: %s", self.heads.describe())
 
-    def __call__(self, step: Step, scales: Sequence[float]) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses by term without their weights, and the distances of all estimates, (levels, N + 1)."""
+    def __call__(
+        self, step: Step, scales: Sequence[float], deviation: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses by term without their weights, and the distances of all estimates, (levels, N + 1).
+
+        Args:
+            deviation: ``sigma_T`` by level, where the target is standardised.
+        """
         fused = self.levers.fused_branches
         estimates = self._factor(self.estimator, step.student.features, fused=fused)
-        terms, measured = self._feature_terms(estimates, step.teacher_features, scales)
-        for part in self.judged_parts:
-            terms[f"twi_{part}"] = self._twi(part, estimates, judge_weights(scales), step.student)
+        terms, measured = self._feature_terms(estimates, step.teacher_features, scales, deviation)
+        for part in self.judge.parts:
+            found = self._judgements(part, estimates, judge_weights(scales), step)
+            terms |= {f"{kind}_{part}": loss for kind, loss in found.items()}
         return terms, measured
 
     def _feature_terms(
-        self, estimates: FactoredEstimates, target: dict[str, Tensor], scales: Sequence[float]
+        self,
+        estimates: FactoredEstimates,
+        target: dict[str, Tensor],
+        scales: Sequence[float],
+        deviation: dict[str, Tensor] | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Feature and residual losses, and the distances."""
         if not self.levers.narrow_residual:
             dense = estimates.dense()
-            cumulative = dense.cumulative()
-            terms = {"feature": feature_loss(dense.zeroth, target)}
-            if scales:
-                terms["residual"] = residual_loss(dense.residuals, cumulative, target, scales)
-            return terms, distances(cumulative, target)
+            return feature_terms(dense.cumulative(), dense.residuals, target, scales, deviation)
         measured = torch.stack(
             [
                 estimate_distances(
@@ -86,6 +97,7 @@ class FastTerms:
                     estimates.factors.get(level),
                     estimates.projection,
                     estimates.num_branches,
+                    None if deviation is None else deviation[level],
                 )
                 for level, zeroth in estimates.zeroth.items()
             ]
@@ -97,20 +109,34 @@ class FastTerms:
             terms["residual"] = total / len(scales)
         return terms, measured.detach()
 
-    def _twi(
-        self,
-        part: str,
-        estimates: FactoredEstimates,
-        weights: list[float],
-        recording: Recording,
-    ) -> Tensor:
-        if self.heads is not None and self.heads.knows(part):
-            return self.heads.loss(part, estimates, weights, recording)
-        return twi_loss(
-            self.judge,
-            part,
-            estimates.dense().cumulative(),
-            weights,
-            recording,
-            samples_per_image=self.samples_per_image,
-        )
+    def _judgements(
+        self, part: str, estimates: FactoredEstimates, weights: list[float], step: Step
+    ) -> dict[str, Tensor]:
+        """As :func:`era.methods.era.twi.judgements`: by the fast heads what they know, the rest as defined."""
+        hard, soft = part in self.judged_parts, part in self.soft.parts
+        target, found = step.teacher_features, {}
+        fast_hard = hard and self.heads is not None and self.heads.knows(part)
+        fast_soft = soft and self.heads is not None and self.heads.knows_soft(part)
+        if fast_hard or fast_soft:
+            found = self.heads.losses(
+                part,
+                estimates,
+                weights,
+                step.student,
+                hard=fast_hard,
+                target=target if fast_soft else None,
+            )
+        hard, soft = hard and not fast_hard, soft and not fast_soft
+        if hard or soft:
+            found |= judgements(
+                self.judge,
+                part,
+                estimates.dense().cumulative(),
+                weights,
+                target,
+                step.student,
+                samples_per_image=self.samples_per_image,
+                hard=hard,
+                soft=self.soft if soft else None,
+            )
+        return found
