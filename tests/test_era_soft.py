@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_model
+from builders import batch, losses_of, tiny_cfg, tiny_model
 from detectron2.utils.events import EventStorage
 
 from era.errors import UserError
+from era.methods.era import ERA
 from era.methods.era.losses import feature_terms, standardised
 from era.methods.era.standardise import SMALLEST_PART, TeacherDeviation
 from era.methods.era.twi import SoftJudges, soft_twi_loss
@@ -377,6 +378,31 @@ def test_the_soft_loss_falls_with_training():
             loss.backward()
             optimizer.step()
     assert found[-1] < 0.7 * found[0]
+
+
+# ---- rows of tools/benchmark.py ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "opts, row, expected",
+    [
+        ([], "with soft judges", {"twi_rpn", "twi_roi", "soft_rpn", "soft_roi"}),
+        ([], "with soft judges alone", {"soft_rpn", "soft_roi"}),
+        ([], "with a standardised target", {"twi_rpn", "twi_roi"}),
+        (SOFT, "without soft judges", {"twi_rpn", "twi_roi"}),
+        ([*SOFT, *STANDARDIZE], "feature mimic alone", set()),
+    ],
+)
+def test_benchmark_rows(opts, row, expected):
+    cfg, model = tiny_cfg("era", *opts), tiny_model("era", *opts)
+    rows = ERA.benchmark_rows(cfg)
+    assert ("without soft judges" in rows) == bool(opts)
+    model.methods["era"] = rows[row](cfg, model.detector, model.teacher)
+    losses, _ = losses_of(model, batch())
+    found = {name.removeprefix("loss_era_") for name in losses if name.startswith("loss_era_")}
+    others = {"feature"} if row == "feature mimic alone" else {"feature", "residual"}
+    assert found == expected | others
+    assert set(losses) >= {name for name in ERA.loss_labels if name[9:] in expected}
 
 
 # ---- a user's mistakes ------------------------------------------------------------------------------

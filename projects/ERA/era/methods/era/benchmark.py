@@ -8,7 +8,7 @@ from dataclasses import fields
 from detectron2.config import CfgNode
 
 from era.methods.base import Method
-from era.methods.era.config import BY_TEACHER
+from era.methods.era.config import BY_TEACHER, RAW
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector
 from era.modeling.detectors.base import ALL_POSITIONS, SAMPLED_POSITIONS
@@ -22,10 +22,9 @@ MIMIC = (
     "KD_WEIGHT", 0.0,
     "TWI.RPN_WEIGHT", 0.0,
     "TWI.ROI_WEIGHT", 0.0,
-    "TWI.SOFT_RPN_WEIGHT", 0.0,
-    "TWI.SOFT_ROI_WEIGHT", 0.0,
 )  # fmt: skip
 SOFT = ("TWI.SOFT_RPN_WEIGHT", 1.0, "TWI.SOFT_ROI_WEIGHT", 1.0, "TWI.SOFT_POSITIONS")
+NO_SOFT = ("TWI.SOFT_RPN_WEIGHT", 0.0, "TWI.SOFT_ROI_WEIGHT", 0.0)
 NO_HARD = ("TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0)
 BRANCHES = (1, 2, 8)
 
@@ -57,7 +56,10 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
 
         return build
 
-    found = {"feature mimic alone": with_keys(*MIMIC), "as defined": with_keys("FAST", False)}
+    found = {
+        "feature mimic alone": with_keys(*MIMIC, *NO_SOFT),
+        "as defined": with_keys("FAST", False),
+    }
     if era.FAST:
         for lever in fields(Levers):
             found[f"{lever.name} off"] = without(lever.name)
@@ -75,7 +77,12 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
     found["with soft judges"] = with_keys(*SOFT, SAMPLED_POSITIONS)
     found["with soft judges at all anchors"] = with_keys(*SOFT, ALL_POSITIONS)
     found["with soft judges alone"] = with_keys(*NO_HARD, *SOFT, SAMPLED_POSITIONS)
-    found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
+    if era.TWI.SOFT_RPN_WEIGHT > 0 or era.TWI.SOFT_ROI_WEIGHT > 0:
+        found["without soft judges"] = with_keys(*NO_SOFT)
+    if era.STANDARDIZE == RAW:
+        found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
+    else:
+        found["with a raw target"] = with_keys("STANDARDIZE", RAW)
     for count in BRANCHES:
         scales = [0.5**i for i in range(count)]
         found[f"N = {count}"] = with_keys("NUM_BRANCHES", count, "SCALES", scales)
