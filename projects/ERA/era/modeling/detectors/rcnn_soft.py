@@ -35,7 +35,7 @@ def predict_anchors_at(
 
 
 def soft_anchor_losses(logits: Tensor, deltas: Tensor, target: Predictions) -> Tensor:
-    """The soft RPN loss of K estimates at the same anchors.
+    """The soft RPN loss of E estimates at the same anchors.
 
     With ``p_T`` and ``p`` the objectness probabilities on ``F_T`` and ``e``, ``t_T`` and ``t`` the deltas::
 
@@ -45,11 +45,11 @@ def soft_anchor_losses(logits: Tensor, deltas: Tensor, target: Predictions) -> T
     teacher sees less than one object is divided by 1 is this project's choice.
 
     Args:
-        logits, deltas: on ``e``, (K, A) and (K, A, 4).
+        logits, deltas: on ``e``, (E, A) and (E, A, 4).
         target: on ``F_T``, (A,) and (A, 4), constants.
 
     Returns:
-        (K,); 0, connected to the graph, for no anchor.
+        (E,); 0, connected to the graph, for no anchor.
     """
     target_logits, target_deltas = target
     p = target_logits.sigmoid()
@@ -66,7 +66,7 @@ def soft_proposal_losses(
     target: Predictions,
     temperature: float,
 ) -> Tensor:
-    """The soft ROI loss of K estimates, proposal by proposal; the mean over proposals is the loss.
+    """The soft ROI loss of E estimates, proposal by proposal; the mean over proposals is the loss.
 
     With ``p_T`` the class probabilities on ``F_T``, and ``t_T``, ``t`` the deltas of class c::
 
@@ -80,12 +80,12 @@ def soft_proposal_losses(
 
     Args:
         predictor: the head's last layers, for the meaning of its outputs.
-        logits, deltas: on ``e``, (K, R, C + 1) and (K, R, 4C or 4).
+        logits, deltas: on ``e``, (E, R, C + 1) and (E, R, 4C or 4).
         target: on ``F_T``, (R, C + 1) and (R, 4C or 4), constants.
         temperature: ``tau`` > 0.
 
     Returns:
-        (K, R).
+        (E, R).
     """
     target_logits, target_deltas = target
     size = len(predictor.box2box_transform.weights)
