@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -101,6 +102,27 @@ def losses_of(model, inputs, seed: int = 7):
     torch.manual_seed(seed)
     with EventStorage(0) as storage:
         return model(inputs), storage
+
+
+def train_history(config: str, *opts, inputs=batch, steps: int = 4) -> list[dict[str, float]]:
+    """Losses of a few optimiser steps from one seed, as Detectron2 builds and trains.
+
+    Args:
+        inputs: called with the images' object counts and ``seed``, the number of the step.
+    """
+    torch.manual_seed(3)
+    cfg = tiny_cfg(config, *opts)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    history = []
+    with EventStorage(0):
+        for step in range(steps):
+            losses = model(inputs((2, 1, 0), seed=step))
+            history.append({k: v.item() for k, v in losses.items()})
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+    return history
 
 
 def run_tool(name: str, *args, env=None, timeout: int = 300) -> subprocess.CompletedProcess:

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from builders import TINY, TOY, batch, losses_of, tiny_cfg, tiny_model
+from builders import TINY, TOY, batch, losses_of, tiny_cfg, tiny_model, train_history
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from era.config import load_config, student_config
@@ -53,29 +51,13 @@ def masked_batch(objects, seed=0):
     return inputs
 
 
-def history(config, *opts, masks, steps=3):
-    """Losses of a few optimiser steps from one seed, as Detectron2 builds and trains."""
-    torch.manual_seed(3)
-    cfg = tiny_cfg(config, *opts)
-    model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
-    found = []
-    with EventStorage(0):
-        for step in range(steps):
-            losses = model((masked_batch if masks else batch)((2, 1, 0), seed=step))
-            found.append({k: v.item() for k, v in losses.items()})
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    return found
-
-
 @pytest.mark.parametrize("opts", [[], MASKS], ids=["Faster R-CNN", "Mask R-CNN"])
 def test_with_every_weight_at_0_a_family_trains_as_stock_detectron2(opts):
     """Step by step, bit for bit."""
-    plain = history("plain", *opts, masks=bool(opts))
+    inputs = masked_batch if opts else batch
+    plain = train_history("plain", *opts, inputs=inputs)
     assert ("loss_mask" in plain[0]) == bool(opts)
-    assert history("era", *opts, *ZERO, masks=bool(opts)) == plain
+    assert train_history("era", *opts, *ZERO, inputs=inputs) == plain
 
 
 LOSS_SETTINGS = {

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_cfg, tiny_model
-from detectron2.modeling import GeneralizedRCNN, build_model
+from builders import batch, losses_of, tiny_cfg, tiny_model, train_history
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks
-from detectron2.utils.events import EventStorage
 
 ZERO = [
     "MODEL.ERA.FEATURE_WEIGHT", "0.0", "MODEL.ERA.RESIDUAL_WEIGHT", "0.0",
@@ -16,33 +15,16 @@ ZERO = [
 ]  # fmt: skip
 
 
-def train_steps(config, *opts, steps=4):
-    """Losses of a few optimiser steps from one seed, as Detectron2 builds and trains."""
-    torch.manual_seed(3)
-    cfg = tiny_cfg(config, *opts)
-    model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
-    history = []
-    with EventStorage(0):
-        for step in range(steps):
-            losses = model(batch((2, 1, 0), seed=step))
-            history.append({k: v.item() for k, v in losses.items()})
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-    return history
-
-
 NO_METHOD = ["MODEL.DISTILLER.METHODS", "[]", "MODEL.DISTILLER.INIT_STUDENT", "heads"]
 
 
 @pytest.mark.parametrize("opts", [ZERO, NO_METHOD], ids=["zero", "none"])
 def test_without_distillation_the_losses_are_the_plain_students_step_by_step(opts):
-    assert train_steps("era", *opts) == train_steps("plain")
+    assert train_history("era", *opts) == train_history("plain")
 
 
 def test_distillation_changes_the_students_course():
-    plain, distilled = train_steps("plain"), train_steps("era")
+    plain, distilled = train_history("plain"), train_history("era")
     assert distilled[0]["loss_cls"] == plain[0]["loss_cls"]  # the first forward is still the same
     assert distilled[-1]["loss_cls"] != plain[-1]["loss_cls"]
 

@@ -11,7 +11,7 @@ from era.methods.base import Method
 from era.methods.era.config import BY_TEACHER, RAW
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector
-from era.modeling.detectors.base import ALL_POSITIONS, SAMPLED_POSITIONS
+from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 from era.modeling.teacher import Teacher
 
 Builder = Callable[[CfgNode, Detector, Teacher], Method]

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 
 from era.errors import UserError
 from era.methods.base import check_weights
-from era.modeling.detectors.base import ALL_POSITIONS, SAMPLED_POSITIONS
+from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
 RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE

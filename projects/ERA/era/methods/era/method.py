@@ -26,7 +26,7 @@ from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.standardise import TeacherDeviation
 from era.methods.era.twi import SoftJudges, judge_weights, judgements
 from era.modeling.detectors import Detector
-from era.modeling.detectors.base import ALL_POSITIONS
+from era.modeling.detectors.recording import ALL_POSITIONS
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY

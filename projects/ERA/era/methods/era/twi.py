@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from era.modeling.detectors import Detector, Recording
-from era.modeling.detectors.base import ALL_POSITIONS
+from era.modeling.detectors.recording import ALL_POSITIONS
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from era.errors import UserError
-from era.modeling.detectors.base import Detector, Predictions, Recording, TaskLoss
+from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
+from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)

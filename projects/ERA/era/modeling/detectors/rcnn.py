@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32
-from era.modeling.detectors.base import ALL_POSITIONS, Detector, Predictions, TaskLoss
+from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
@@ -30,6 +30,7 @@ from era.modeling.detectors.rcnn_soft import (
     soft_anchor_losses,
     soft_roi_loss,
 )
+from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, TaskLoss
 
 
 @DETECTOR_FAMILIES.register()

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from era.losses import at_least_float32
-from era.modeling.detectors.base import Recording, TaskLoss
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, sample_proposals
+from era.modeling.detectors.recording import Recording, TaskLoss
 
 
 @dataclass

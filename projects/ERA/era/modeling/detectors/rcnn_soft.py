@@ -15,8 +15,8 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor
 from torch.nn import functional as F
 
-from era.modeling.detectors.base import SAMPLED_POSITIONS, Predictions
 from era.modeling.detectors.rcnn_losses import RCNNRecording
+from era.modeling.detectors.recording import SAMPLED_POSITIONS, Predictions
 
 if TYPE_CHECKING:
     from era.modeling.detectors.rcnn import RCNN

@@ -25,12 +25,12 @@ from era.methods.era.fast.rpn import (
     soft_losses,
 )
 from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges
-from era.modeling.detectors.base import SAMPLED_POSITIONS, Predictions
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, Stratum
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.detectors.rcnn_losses import RCNNRecording, boxes_and_truth, deltas_of_class
 from era.modeling.detectors.rcnn_soft import soft_proposal_losses
+from era.modeling.detectors.recording import SAMPLED_POSITIONS, Predictions
 
 
 class FastHeads:

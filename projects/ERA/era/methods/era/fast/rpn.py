@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from era.losses import at_least_float32
 from era.methods.era.fast.factored import FactoredEstimates
 from era.methods.era.fast.patches import gather_patches
-from era.modeling.detectors.base import Predictions
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.rcnn_losses import RCNNRecording
 from era.modeling.detectors.rcnn_soft import soft_anchor_losses
+from era.modeling.detectors.recording import Predictions
 
 
 @dataclass(frozen=True)
