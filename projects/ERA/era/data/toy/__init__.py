@@ -1,4 +1,9 @@
-"""The generated toy dataset: ``era_toy_train`` and ``era_toy_val``, in COCO format.
+"""The generated toy dataset, in COCO format: ``era_toy_train``, ``era_toy_val``, and sets for questions.
+
+``era_toy_train_200`` is the first 200 training pictures (the same files; few labels), ``era_toy_tune``
+holds pictures of its own, in neither of the others, to choose loss weights on: what is reported on
+``era_toy_val`` then never took part in a choice. Both are added to the dataset's folder when they are
+first used, and change nothing that is there.
 
 Small pictures of textured shapes with occlusion, clutter and uneven light, made on first use, so
 that training, distillation and evaluation can be tried on any machine without a download. Boxes
@@ -23,13 +28,29 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from era.data.toy.draw import CLASSES, SPLITS, ToySpec, render
+from era.data.toy.draw import CLASSES, ToySpec, render
 from era.data.toy.polygons import mask_polygons
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-NAMES = {"era_toy_train": "train", "era_toy_val": "val"}
+
+@dataclasses.dataclass(frozen=True)
+class ToySet:
+    """One registered set: its annotations are ``annotations/<file>.json``."""
+
+    file: str
+    split: str  # the folder of its pictures
+    first: int | None = None  # how many pictures of the split, None = all
+
+
+NAMES = {
+    "era_toy_train": ToySet("train", "train"),
+    "era_toy_val": ToySet("val", "val"),
+    "era_toy_train_200": ToySet("train_200", "train", first=200),
+    "era_toy_tune": ToySet("tune", "tune"),
+}
+BASE = ("train", "val")  # splits that are made at once; the rest follows when it is asked for
 FOLDER = "era_toy"
 DEFAULT = ToySpec()
 _SOURCES: dict = {}  # registered name -> (root or None, spec)
@@ -39,6 +60,12 @@ GENERATOR_VERSION = 2  # raise it when the same spec gives other files: old data
 def _fingerprint(spec: ToySpec) -> str:
     made_from = {"generator_version": GENERATOR_VERSION, "spec": dataclasses.asdict(spec)}
     return json.dumps(made_from, indent=1) + "\n"
+
+
+def origin(name: str) -> dict:
+    """What the content of a registered toy set follows from, the same on every machine."""
+    made_from = json.loads(_fingerprint(_SOURCES[name][1]))
+    return made_from | {"set": dataclasses.asdict(NAMES[name])}
 
 
 def _is_current(folder: Path, spec: ToySpec) -> bool:
@@ -57,7 +84,7 @@ def _write_image(path: Path, image: np.ndarray, quality: int) -> None:
 def _write_split(folder: Path, spec: ToySpec, split: str) -> None:
     images, annotations = [], []
     (folder / split).mkdir(parents=True)
-    for index in range(getattr(spec, f"{split}_images")):
+    for index in range(spec.train_images if split == "train" else spec.val_images):
         image, owner, objects = render(spec, split, index)
         key, name = index + 1, f"{index:06d}.jpg"
         _write_image(folder / split / name, image, spec.jpeg_quality)
@@ -96,12 +123,47 @@ def _write_split(folder: Path, spec: ToySpec, split: str) -> None:
     (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco))
 
 
+def _write_first(folder: Path, whole: Path, wanted: ToySet) -> None:
+    """Annotations of the first pictures of a split, whose own are ``whole``; ids stay as they are there."""
+    coco = json.loads(whole.read_text())
+    coco["images"] = coco["images"][: wanted.first]
+    ids = {image["id"] for image in coco["images"]}
+    coco["annotations"] = [found for found in coco["annotations"] if found["image_id"] in ids]
+    coco["info"]["description"] += f"; the first {wanted.first} pictures"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations" / f"{wanted.file}.json").write_text(json.dumps(coco))
+
+
 @contextlib.contextmanager
 def _lock(root: Path):
     """Wait for, then hold, the one right to write below ``root``; a killed holder frees it."""
     with open(root / f".{FOLDER}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _writing(root: Path):
+    """The right to write below ``root``, with what killed processes left there cleared away.
+
+    Gives a folder beside the data's for what is not whole yet; it is gone in the end. Raises UserError
+    for what the system refuses.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root):
+            try:
+                for stale in root.glob(f".{FOLDER}.tmp*"):  # of a process that was killed
+                    shutil.rmtree(stale)
+                yield root / f".{FOLDER}.tmp"
+            finally:
+                for rest in root.glob(f".{FOLDER}.tmp*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"the toy dataset cannot be written below {root} ({error}): make that folder "
+            "writable, or set DETECTRON2_DATASETS to one that is"
+        ) from error
 
 
 def generate(root: str | Path, spec: ToySpec = DEFAULT, *, force: bool = True) -> Path:
@@ -113,38 +175,48 @@ def generate(root: str | Path, spec: ToySpec = DEFAULT, *, force: bool = True) -
     """
     root = Path(root)
     folder = root / FOLDER
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _lock(root):
-            if not force and _is_current(folder, spec):  # made while this process waited
-                return folder
-            if folder.exists() and any(folder.iterdir()) and not (folder / "spec.json").exists():
-                raise UserError(
-                    f"{folder} holds files that are not the generated toy dataset (it has no "
-                    "spec.json): move it away, or set DETECTRON2_DATASETS to another folder"
-                )
-            for stale in root.glob(f".{FOLDER}.tmp*"):  # of a process that was killed
-                shutil.rmtree(stale)
-            start, fresh = time.perf_counter(), root / f".{FOLDER}.tmp"
-            count = spec.train_images + spec.val_images
-            logger.info("generating %d toy images in %s ...", count, folder)
-            try:
-                for split in SPLITS:
-                    _write_split(fresh, spec, split)
-                (fresh / "spec.json").write_text(_fingerprint(spec))
-                if folder.exists():  # a folder can only be replaced by a rename if it is empty
-                    os.replace(folder, root / f".{FOLDER}.tmp-old")
-                os.replace(fresh, folder)
-            finally:
-                for rest in root.glob(f".{FOLDER}.tmp*"):
-                    shutil.rmtree(rest, ignore_errors=True)
-            logger.info("... done in %.1f s", time.perf_counter() - start)
-    except OSError as error:
-        raise UserError(
-            f"the toy dataset cannot be written below {root} ({error}): make that folder "
-            "writable, or set DETECTRON2_DATASETS to one that is"
-        ) from error
+    with _writing(root) as fresh:
+        if not force and _is_current(folder, spec):  # made while this process waited
+            return folder
+        if folder.exists() and any(folder.iterdir()) and not (folder / "spec.json").exists():
+            raise UserError(
+                f"{folder} holds files that are not the generated toy dataset (it has no "
+                "spec.json): move it away, or set DETECTRON2_DATASETS to another folder"
+            )
+        start = time.perf_counter()
+        count = spec.train_images + spec.val_images
+        logger.info("generating %d toy images in %s ...", count, folder)
+        for split in BASE:
+            _write_split(fresh, spec, split)
+        (fresh / "spec.json").write_text(_fingerprint(spec))
+        if folder.exists():  # a folder can only be replaced by a rename if it is empty
+            os.replace(folder, root / f".{FOLDER}.tmp-old")
+        os.replace(fresh, folder)
+        logger.info("... done in %.1f s", time.perf_counter() - start)
     return folder
+
+
+def _extend(root: Path, spec: ToySpec, wanted: ToySet) -> None:
+    """Add a further set to data of ``spec`` that is there; nothing if it has it already.
+
+    A set is there when its annotation file is, which comes last.
+    """
+    folder = root / FOLDER
+    name = f"annotations/{wanted.file}.json"
+    if (folder / name).is_file():
+        return
+    with _writing(root) as fresh:
+        if (folder / name).is_file() or not _is_current(folder, spec):  # since this process waited
+            return
+        logger.info("adding %s to %s ...", wanted.file, folder)
+        if wanted.first is not None:
+            _write_first(fresh, folder / "annotations" / f"{wanted.split}.json", wanted)
+        else:
+            _write_split(fresh, spec, wanted.split)
+            if (folder / wanted.split).exists():  # of a process that was killed
+                os.replace(folder / wanted.split, root / f".{FOLDER}.tmp-old")
+            os.replace(fresh / wanted.split, folder / wanted.split)
+        os.replace(fresh / name, folder / name)
 
 
 def ensure(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> Path:
@@ -153,29 +225,36 @@ def ensure(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> Path:
     ``root`` defaults to DETECTRON2_DATASETS, or ``datasets``, as they stand at the call. Raises
     UserError like `generate`.
     """
+    folder = _where(root) / FOLDER
+    return folder if _is_current(folder, spec) else generate(_where(root), spec, force=False)
+
+
+def _where(root: str | Path | None) -> Path:
     if root is None:
         root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    folder = Path(root) / FOLDER
-    return folder if _is_current(folder, spec) else generate(root, spec, force=False)
+    return Path(root)
 
 
 def register(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> None:
-    """Put both names into Detectron2's catalogs; generates nothing, and may be repeated.
+    """Put the names into Detectron2's catalogs; generates nothing, and may be repeated.
 
     The metadata's paths are those of now; when a dataset is prepared or loaded they are set
     anew, so DETECTRON2_DATASETS may still change between import and use. The last call counts.
     """
-    where = root or os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     for name in NAMES:
         _SOURCES[name] = (root, spec)
-        _point(name, Path(where) / FOLDER)
+        _point(name, _where(root) / FOLDER)
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, functools.partial(_load, name))
 
 
 def prepare(name: str) -> None:
     """Generate the data of a registered toy name if need be, and set its metadata's paths."""
-    _point(name, ensure(*_SOURCES[name]))
+    root, spec = _SOURCES[name]
+    folder = ensure(root, spec)
+    if NAMES[name].file not in BASE:
+        _extend(_where(root), spec, NAMES[name])
+    _point(name, folder)
 
 
 def _load(name: str) -> list[dict]:
@@ -185,10 +264,13 @@ def _load(name: str) -> list[dict]:
 
 
 def _point(name: str, folder: Path) -> None:
-    meta, split = MetadataCatalog.get(name), NAMES[name]
+    meta, of = MetadataCatalog.get(name), NAMES[name]
     for key in ("json_file", "image_root"):  # metadata refuses another value for a key it has
         meta.__dict__.pop(key, None)
-    paths = {"json_file": f"{folder}/annotations/{split}.json", "image_root": f"{folder}/{split}"}
+    paths = {
+        "json_file": f"{folder}/annotations/{of.file}.json",
+        "image_root": f"{folder}/{of.split}",
+    }
     meta.set(thing_classes=list(CLASSES), evaluator_type="coco", **paths)
 
 

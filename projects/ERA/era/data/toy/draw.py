@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 CLASSES = ("disk", "ring", "crescent", "square", "cross", "pentagon", "hexagon", "star")
-SPLITS = {"train": 0, "val": 1}  # the number is part of every image's seed
+SPLITS = {"train": 0, "val": 1, "tune": 2}  # the number is part of every image's seed
 _SUPERSAMPLE = 4  # shapes are drawn this many times larger per side, then averaged down
 
 
@@ -18,7 +18,7 @@ class ToySpec:
     """
 
     train_images: int = 1600  # training images
-    val_images: int = 200  # validation images
+    val_images: int = 200  # validation images, and as many to tune settings on
     image_size: int = 128  # height and width of every image, pixels
     seed: int = 0  # the first number of every image's seed
     max_objects: int = 3  # wanted objects per image: 1 to this many, equally likely

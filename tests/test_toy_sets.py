@@ -1,0 +1,96 @@
+"""The toy data's further sets: few labels, and pictures to choose settings on."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from era.data import toy
+
+SPEC = toy.ToySpec(train_images=5, val_images=3, image_size=64)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """The subset of few labels, made of two pictures so that a test is fast."""
+    two = dataclasses.replace(toy.NAMES["era_toy_train_200"], first=2)
+    monkeypatch.setitem(toy.NAMES, "era_toy_train_200", two)
+
+
+@pytest.fixture(autouse=True)
+def _registered(tmp_path):
+    toy.register(tmp_path, SPEC)
+    yield
+    toy.register()
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def test_the_first_pictures_of_training_are_a_set_without_copies(tmp_path, few):
+    before = digest(toy.ensure(tmp_path, SPEC))
+    every, first = DatasetCatalog.get("era_toy_train"), DatasetCatalog.get("era_toy_train_200")
+    assert first == every[:2] and any(record["annotations"] for record in first)
+    after = digest(tmp_path / "era_toy")
+    assert after.keys() - before.keys() == {"annotations/train_200.json"}
+    assert {name: after[name] for name in before} == before
+    meta = MetadataCatalog.get("era_toy_train_200")
+    assert meta.image_root == MetadataCatalog.get("era_toy_train").image_root
+    assert toy.NAMES["era_toy_train"].first is None
+
+
+def test_two_hundred_pictures_are_few_labels():
+    assert toy.NAMES["era_toy_train_200"].first == 200
+
+
+def test_settings_are_chosen_on_pictures_of_their_own(tmp_path):
+    before = digest(toy.ensure(tmp_path, SPEC))
+    records = DatasetCatalog.get("era_toy_tune")
+    assert len(records) == SPEC.val_images == 3
+    after = digest(tmp_path / "era_toy")
+    added = after.keys() - before.keys()
+    assert added == {"annotations/tune.json", *(f"tune/{i:06d}.jpg" for i in range(3))}
+    assert {name: after[name] for name in before} == before  # data that is there is extended
+    pictures = [value for name, value in after.items() if name.endswith("jpg")]
+    assert len(set(pictures)) == len(pictures)  # in neither of the others
+    assert json.loads((tmp_path / "era_toy/annotations/tune.json").read_text())["annotations"]
+    again = digest(toy.generate(tmp_path / "other", SPEC))
+    assert again == before
+    toy.register(tmp_path / "other", SPEC)
+    DatasetCatalog.get("era_toy_tune")
+    assert digest(tmp_path / "other" / "era_toy") == after
+
+
+def test_a_kill_in_between_leaves_nothing_half_done(tmp_path, monkeypatch):
+    toy.ensure(tmp_path, SPEC)
+    (tmp_path / "era_toy" / "tune").mkdir()  # the pictures' folder came, the annotations did not
+    (tmp_path / "era_toy" / "tune" / "old.jpg").touch()
+    assert len(DatasetCatalog.get("era_toy_tune")) == 3
+    assert not (tmp_path / "era_toy" / "tune" / "old.jpg").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"era_toy", ".era_toy.lock"}
+
+
+def test_another_spec_replaces_the_further_sets_too(tmp_path, few):
+    DatasetCatalog.get("era_toy_train_200"), DatasetCatalog.get("era_toy_tune")
+    toy.register(tmp_path, dataclasses.replace(SPEC, seed=1))
+    toy.prepare("era_toy_val")
+    assert not (tmp_path / "era_toy" / "annotations" / "tune.json").exists()
+    assert len(DatasetCatalog.get("era_toy_tune")) == 3
+
+
+def test_the_origin_of_a_set_names_no_place(tmp_path):
+    origins = {name: toy.origin(name) for name in toy.NAMES}
+    assert str(tmp_path) not in json.dumps(origins)
+    assert len({json.dumps(origin) for origin in origins.values()}) == 4
+    toy.register(tmp_path / "elsewhere", SPEC)
+    assert toy.origin("era_toy_train") == origins["era_toy_train"]
+    toy.register(tmp_path, dataclasses.replace(SPEC, seed=1))
+    assert toy.origin("era_toy_val") != origins["era_toy_val"]
