@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs_case import SLOW, make_run, training
 
 from era.errors import UserError
 from era.runs import execute as execution
@@ -21,19 +22,6 @@ from era.runs import folder as folders
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 from era.runs.plan import Run
 from era.runs.progress import Progress
-
-
-def make_run(folder: Path, name: str, **changes) -> Run:
-    """A run that is nothing but a process: by default one that succeeds at once."""
-    defaults = {
-        "label": name,
-        "config_file": "",
-        "opts": (),
-        "folder": folder / name,
-        "iterations": 100,
-        "command": (sys.executable, "-c", "pass"),
-    }
-    return Run(name=name, **{**defaults, **changes})
 
 
 def write_metrics(folder: Path, lines: list[dict]) -> None:
@@ -157,8 +145,6 @@ def test_equal_time_is_counted_in_measured_steps(tmp_path):
 
 # ---- Failures -----------------------------------------------------------------------------------
 
-SLOW = (sys.executable, "-c", "import time; time.sleep(60)")
-
 
 def test_a_failing_run_stops_the_others_and_is_one_sentence(tmp_path):
     bad = (sys.executable, "-c", "print('disk on fire'); raise SystemExit(3)")
@@ -206,13 +192,8 @@ def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys,
 
 
 def test_reuse_keeps_what_is_complete_and_unchanged(tmp_path):
-    write_model = (
-        "import pathlib, sys; p = pathlib.Path(sys.argv[1]) / 'student'; p.mkdir(); "
-        "(p / 'model_final.pth').touch()"
-    )
-
     def trains(name, **changes):
-        command = (sys.executable, "-c", write_model, str(tmp_path / name))
+        command = training(tmp_path / name, 1.0)
         return make_run(tmp_path, name, **{"command": command, **changes})
 
     runs = [trains("teacher"), trains("student", depends_on=("teacher",)), trains("plain")]
@@ -223,8 +204,8 @@ def test_reuse_keeps_what_is_complete_and_unchanged(tmp_path):
         return {name for name, state in states.items() if state.reused}
 
     assert reused(runs) == {"teacher", "student", "plain"}
-    # Another command: the run is done again, and so is what builds upon it.
-    other = dataclasses.replace(runs[0], command=(*runs[0].command, "more"))
+    # Another setting: the run is done again, and so is what builds upon it.
+    other = dataclasses.replace(runs[0], opts=("SOLVER.BASE_LR", "0.5"))
     assert reused([other, *runs[1:]]) == {"plain"}
     # Complete by its stamp, but its model is gone.
     (tmp_path / "plain" / "student" / "model_final.pth").unlink()

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from era.errors import UserError
-from era.runs.folder import is_finished, mark_finished, remove
+from era.runs.folder import is_finished, mark_finished, read_stamp
+from era.runs.identity import identities
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 from era.runs.plan import Run
+from era.runs.process import peak_memory, start_process, stop
 from era.runs.progress import Progress
 
-STOP_SECONDS = 10.0  # a child that was asked to stop is killed after that
 TAIL_LINES = 12  # of a failed run's log
 INTERRUPTED = 130  # exit status
 
@@ -30,21 +30,29 @@ class State:
     """Where a run stands."""
 
     run: Run
+    identity: str = ""
     process: subprocess.Popen | None = None
     started: float = 0.0  # time.monotonic()
     seconds: float | None = None  # wall time of the complete run
+    peak_mib: float | None = None  # most resident memory of its process
     reused: bool = False
     steps: int = 0
+    problem: str = ""  # why it failed, or was not started
 
     @property
     def is_done(self) -> bool:
         """Complete, now or by an earlier call."""
-        return self.reused or self.seconds is not None
+        return not self.problem and (self.reused or self.seconds is not None)
 
     @property
     def is_running(self) -> bool:
         """Started and not complete."""
-        return self.process is not None and not self.is_done
+        return self.process is not None and not self.is_done and not self.problem
+
+    @property
+    def is_waiting(self) -> bool:
+        """Not started yet."""
+        return self.process is None and not self.reused and not self.problem
 
     @property
     def where(self) -> str:
@@ -60,6 +68,9 @@ def execute(
     jobs: int,
     cores: int,
     reuse: bool = False,
+    known: Mapping[str, int] | None = None,
+    go_on: bool = False,
+    on_finished: Callable[[State], None] | None = None,
     stream: TextIO | None = None,
     poll_seconds: float = 1.0,
     start: Callable[[Run, int], subprocess.Popen] | None = None,
@@ -71,48 +82,99 @@ def execute(
         jobs: processes at a time.
         cores: CPU cores to share among them.
         reuse: keep runs that an earlier call completed, if nothing they follow from has changed.
+        known: iterations by name of runs whose results are known, without their folders being here: they
+            are run only where another run needs what is in their folder.
+        go_on: a run that fails leaves the others going; those that depend on it are skipped.
+        on_finished: called with every complete run that is not known, reused ones first. Its UserError is
+            that run's failure.
         stream: where progress is shown; None = standard output.
         poll_seconds: how often to look.
         start: starts a run on that many threads; :func:`start_process` unless a test says otherwise.
 
     Returns:
-        The final states by name; each ``run`` with its iterations, where other runs decided on them.
+        The final states by name; each ``run`` with its iterations, where other runs decided on them. Failed
+        and skipped ones have a ``problem``.
 
     Raises:
-        UserError: a run failed. On that, and on any other exception, the others are stopped.
+        UserError: a run failed, without ``go_on``. On that, and on any other exception, the others are stopped.
     """
-    start = start or start_process
+    start, known = start or start_process, known or {}
     folder_of = {run.name: run.folder for run in runs}
-    states = {run.name: State(run) for run in runs}
-    for run in (
-        runs if reuse else ()
-    ):  # in order of dependency: a redone teacher redoes its students
-        if all(states[name].reused for name in run.depends_on):
-            state = states[run.name]
-            state.run = with_iterations(run, states)
-            state.reused = is_finished(state.run, folder_of)
-            state.steps = state.run.iterations if state.reused else 0
+    names = identities(runs)
+    states = {run.name: State(run, names[run.name]) for run in runs}
+    here = {run.name for run in runs if reuse and is_finished(run, names[run.name], folder_of)}
+    left = unfinished(runs, here, known)
+    for name, state in states.items():
+        if name not in left:
+            _reuse(state, known.get(name))
     progress = Progress(*_count(states), stream)
+
+    @contextmanager
+    def guarded(state: State) -> Iterator[None]:
+        try:
+            yield
+        except UserError as e:
+            if not go_on:
+                raise
+            state.problem = str(e)
+            progress.say(state.problem)
+
+    def finish(state: State) -> None:
+        if on_finished is not None and state.run.name not in known:
+            on_finished(state)
+
     try:
+        for state in states.values():
+            if state.reused:
+                with guarded(state):
+                    finish(state)
         while True:
             for state in states.values():
                 if state.is_running:
                     state.steps = steps_done(read_metrics(state.run.folder))
-                    _collect(state, folder_of, progress)
+                    state.peak_mib = peak_memory(state.process.pid) or state.peak_mib
+                    with guarded(state):
+                        _collect(state, folder_of, progress, finish)
+            _skip(states, progress)
             running = [state for state in states.values() if state.is_running]
             while len(running) < jobs and (run := next_run(states)):
                 state = states[run.name]
-                state.run = with_iterations(run, states)
-                state.process = start(state.run, max(1, cores // jobs))
-                state.started = time.monotonic()
-                running.append(state)
+                with guarded(state):
+                    state.run = with_iterations(run, states)
+                    state.process = start(state.run, max(1, cores // jobs))
+                    state.started = time.monotonic()
+                    running.append(state)
             progress.show(*_count(states), ", ".join(state.where for state in running))
-            if not running:
+            if not running and not any(state.is_waiting for state in states.values()):
                 return states
             time.sleep(poll_seconds)
     finally:
         stop([s.process for s in states.values() if s.process is not None])
         progress.close()
+
+
+def unfinished(runs: Sequence[Run], here: Collection[str], known: Collection[str]) -> set[str]:
+    """Names of the runs that are still to be done.
+
+    A run is kept if its folder is complete and nothing that it builds upon is done anew, or if its result
+    is known and nobody needs its folder.
+
+    Args:
+        runs: each after those that it depends on.
+        here: names of those whose folders are complete.
+        known: names of those whose results are known.
+    """
+    left: set[str] = set()
+    while True:
+        needed = {name for run in runs if run.name in left for name in run.depends_on}
+        more = set(left)
+        for run in runs:
+            kept = run.name in here and not more & set(run.depends_on)
+            if not kept and not (run.name in known and run.name not in needed):
+                more.add(run.name)
+        if more == left:
+            return left
+        left = more
 
 
 def next_run(states: Mapping[str, State]) -> Run | None:
@@ -125,9 +187,7 @@ def next_run(states: Mapping[str, State]) -> Run | None:
     ready = [
         run
         for run in runs
-        if states[run.name].process is None
-        and not states[run.name].reused
-        and all(states[name].is_done for name in run.depends_on)
+        if states[run.name].is_waiting and all(states[name].is_done for name in run.depends_on)
     ]
     return max(ready, key=lambda run: behind[run.name], default=None)
 
@@ -157,8 +217,12 @@ def with_iterations(run: Run, states: Mapping[str, State]) -> Run:
 
 
 @contextmanager
-def interruptible(output: Path) -> Iterator[None]:
+def interruptible(output: Path, *, how: str = "--reuse goes on from there") -> Iterator[None]:
     """Ctrl-C and SIGTERM end the program with one sentence, after what runs was stopped.
+
+    Args:
+        output: where complete runs stay.
+        how: what a user does to go on.
 
     Raises:
         SystemExit: with status 130.
@@ -171,56 +235,48 @@ def interruptible(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; what is complete stays in {output}, and --reuse goes on from there.",
-            file=sys.stderr,
-        )
+        print(f"\ninterrupted; what is complete stays in {output}, and {how}.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def start_process(run: Run, threads: int) -> subprocess.Popen:
-    """Start a run in an empty folder, its output in its log, on that many threads, unless the user's
-    own OMP_NUM_THREADS says otherwise."""
-    remove(run.folder)  # Detectron2 would append to the metrics of an earlier run
-    run.folder.mkdir(parents=True)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    with open(run.log, "w", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(run.command)}\n")
-        log.flush()
-        return subprocess.Popen(
-            run.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+def _reuse(state: State, known_iterations: int | None) -> None:
+    """Take a run as complete, with the iterations that it had."""
+    run, stamp = state.run, read_stamp(state.run.folder)
+    if run.time_of:
+        done = known_iterations or steps_done(read_metrics(run.folder))
+        state.run = replace(run, iterations=done)
+    state.reused, state.steps = True, state.run.iterations
+    if stamp.get("identity") == state.identity:
+        state.seconds, state.peak_mib = stamp.get("seconds"), stamp.get("peak_mib")
 
 
-def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask processes that still run to stop, wait, and kill those that do not."""
-    alive = [process for process in processes if process.poll() is None]
-    for process in alive:
-        process.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    for process in alive:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _skip(states: Mapping[str, State], progress: Progress) -> None:
+    """Runs that wait for one that failed, or for one that is skipped, are skipped."""
+    for state in states.values():  # each after those that it depends on
+        lost = [name for name in state.run.depends_on if states[name].problem]
+        if state.is_waiting and lost:
+            state.problem = f"skipped, for it needs {', '.join(lost)}"
+            progress.say(f"{state.run.name}: {state.problem}")
 
 
 def _count(states: Mapping[str, State]) -> tuple[int, int]:
-    """Optimiser steps of all runs, and how many of them are done."""
+    """Optimiser steps of all runs, and how many of them are done; of one that failed, those that it did."""
+    live = [state for state in states.values() if not state.problem]
+    lost = sum(state.steps for state in states.values() if state.problem)
     return (
-        sum(state.run.iterations for state in states.values()),
-        sum(state.run.iterations if state.is_done else state.steps for state in states.values()),
+        lost + sum(state.run.iterations for state in live),
+        lost + sum(state.run.iterations if state.is_done else state.steps for state in live),
     )
 
 
-def _collect(state: State, folder_of: Mapping[str, Path], progress: Progress) -> None:
+def _collect(
+    state: State,
+    folder_of: Mapping[str, Path],
+    progress: Progress,
+    finish: Callable[[State], None],
+) -> None:
     code = state.process.poll()
     if code is None:
         return
@@ -231,8 +287,9 @@ def _collect(state: State, folder_of: Mapping[str, Path], progress: Progress) ->
         how = f"exit status {code}" if code > 0 else f"signal {-code}"
         raise UserError(
             f"the run {run.name!r} failed ({how}), its last lines are above and the whole log is "
-            f"{run.log}: mend what it names, then go on with --reuse."
+            f"{run.log}: mend what it names, then go on (--reuse keeps what is complete)."
         )
     state.seconds = time.monotonic() - state.started
-    mark_finished(run, folder_of, state.seconds)
+    finish(state)
+    mark_finished(run, state.identity, folder_of, seconds=state.seconds, peak=state.peak_mib)
     progress.say(f"{run.name}: done in {state.seconds:.0f} s")

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from detectron2.data import MetadataCatalog
-
 from era.engine.trainer import STUDENT_FOLDER
 from era.errors import UserError
 from era.runs.plan import Run
@@ -75,48 +73,51 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def identity(run: Run, folder_of: Mapping[str, Path]) -> dict:
-    """What a run's result follows from: command, whole config, data, and the runs it builds upon."""
-    cfg = run.config
-    return {
-        "command": list(run.command),
-        "config_sha256": _sha256(cfg.dump().encode()),
-        "data": {name: _age(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)},
-        "after_sha256": {name: _stamp_sha256(folder_of[name]) for name in run.depends_on},
-    }
+def is_finished(run: Run, identity: str, folder_of: Mapping[str, Path]) -> bool:
+    """Whether the run's folder holds the complete result of exactly this run.
 
+    The runs that it builds upon must be those that it was made with, as far as they are there.
 
-def is_finished(run: Run, folder_of: Mapping[str, Path]) -> bool:
-    """Whether the run's folder holds the complete result of exactly this run."""
-    try:
-        found = json.loads((run.folder / STAMP).read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+    Args:
+        identity: see :mod:`era.runs.identity`.
+        folder_of: folders by name of run.
+    """
+    stamp = read_stamp(run.folder)
     has_model = run.iterations == 0 or (run.folder / STUDENT_FOLDER / "model_final.pth").is_file()
-    return has_model and found == identity(run, folder_of)
+    if (
+        not has_model
+        or stamp.get("identity") != identity
+        or not isinstance(stamp.get("after"), dict)
+    ):
+        return False
+    now = {name: _stamp_sha256(folder_of[name]) for name in run.depends_on}
+    return all(sha is None or sha == stamp["after"].get(name) for name, sha in now.items())
 
 
-def mark_finished(run: Run, folder_of: Mapping[str, Path], seconds: float) -> None:
-    """Note that a run is complete, and how long it took."""
-    stamp = {"identity": identity(run, folder_of), "seconds": round(seconds, 3)}
+def mark_finished(
+    run: Run, identity: str, folder_of: Mapping[str, Path], *, seconds: float, peak: float | None
+) -> None:
+    """Note that a run is complete, how long it took, and how much memory, in MiB."""
+    stamp = {
+        "identity": identity,
+        "after": {name: _stamp_sha256(folder_of[name]) for name in run.depends_on},
+        "seconds": round(seconds, 3),
+        "peak_mib": peak,
+    }
     partial = run.folder / (STAMP + ".partial")
     partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     os.replace(partial, run.folder / STAMP)
 
 
-def _age(dataset: str) -> list[int] | None:
-    """Size and time of a registered dataset's annotation file, which change when data is made anew."""
-    path = MetadataCatalog.get(dataset).get("json_file")
-    if not path or not os.path.isfile(path):
-        return None
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns]
+def read_stamp(folder: Path) -> dict:
+    """What :func:`mark_finished` noted in a run's folder; empty if it noted nothing."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _stamp_sha256(folder: Path) -> str | None:
     path = folder / STAMP
-    return _sha256(path.read_bytes()) if path.is_file() else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -48,27 +48,34 @@ def step_seconds(metrics: list[dict], *, since: int = 40) -> float | None:
     return statistics.median(chosen) if chosen else None
 
 
-AP_NAMES = ("AP", "AP50", "AP75")
+AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _CSV = re.compile(r"copypaste: ([\w,.\-]+)\s*$", re.MULTILINE)
 
 
 def read_ap(run: Run) -> dict[str, float]:
-    """AP, AP50 and AP75 of a run's last evaluation, in points; of a training from its metrics, of an
-    evaluation, which writes none, from its log.
+    """AP, AP50, AP75 and AP by size of a run's last evaluation, in points, NaN where there is no such object;
+    of a training from its metrics, of an evaluation, which writes none, from its log.
 
     Raises:
         UserError: there is none.
     """
     found = [m for m in read_metrics(run.folder) if "bbox/AP" in m]
     if found:
-        return {name: float(found[-1][f"bbox/{name}"]) for name in AP_NAMES}
+        return {name: float(found[-1].get(f"bbox/{name}", math.nan)) for name in AP_NAMES}
     text = run.log.read_text(encoding="utf-8", errors="replace") if run.log.is_file() else ""
     # Detectron2 logs a line of names, then a line of numbers.
     lines = [line.split(",") for line in _CSV.findall(text)]
     for names, numbers in reversed(list(pairwise(lines))):
-        if names[:3] == list(AP_NAMES):
-            return {name: float(n) for name, n in zip(AP_NAMES, numbers, strict=False)}
+        if names[:3] == list(AP_NAMES[:3]):
+            ap = dict(zip(names, map(float, numbers), strict=False))
+            return {name: ap.get(name, math.nan) for name in AP_NAMES}
     raise UserError(
         f"the run {run.name!r} left no evaluation in {run.folder}: see its log {run.log}, and leave "
         "TEST and DATASETS.TEST as they are."
     )
+
+
+def ap_curve(metrics: list[dict]) -> list[tuple[int, float]]:
+    """Optimiser steps and AP of every evaluation that the metrics tell of, in order."""
+    found = {m["iteration"] + 1: float(m["bbox/AP"]) for m in metrics if "bbox/AP" in m}
+    return sorted((step, ap) for step, ap in found.items() if math.isfinite(ap))

@@ -43,6 +43,7 @@ class Run:
     evaluates: str | None = None  # the name of the run whose model it evaluates
     time_of: tuple[str, ...] = ()  # it is to take as long as these, if a step takes as long as
     step_of: tuple[str, ...] = ()  # one of these; ``iterations`` is then known when they are done
+    weights: tuple[tuple[str, str], ...] = ()  # config key of a checkpoint, run that it comes from
     command: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -99,6 +100,7 @@ def make_runs(
             cfg = _checked_config(name, variant.config, own)
             paced = [tuple(name_of(other, s) for s in seeds) for other in variant.pace]
             needed = [name_of(other, seed) for other in variant.needs if other not in given]
+            sources = [(k, name_of(v, seed)) for k, v in variant.weights.items() if v not in given]
             is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
             mode = ["--eval-only"] if variant.evaluates else []
             script = [sys.executable, "-u", "tools/train_net.py", "--config-file", variant.config]
@@ -121,6 +123,7 @@ def make_runs(
                     evaluates=name_of(variant.evaluates, seed) if variant.evaluates else None,
                     time_of=paced[0] if paced else (),
                     step_of=paced[1] if paced else (),
+                    weights=tuple(sources),
                     command=(*script, *mode, *own),
                 )
             )

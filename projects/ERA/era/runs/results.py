@@ -1,0 +1,140 @@
+"""The result of a complete run as a small JSON file, which stands for the run where its folder is not.
+
+A file counts for a run if it has that run's identity (:mod:`era.runs.identity`). Such files may be committed: a
+study then goes on from another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from era import environment
+from era.errors import UserError
+from era.runs.metrics import AP_NAMES, ap_curve, read_ap, read_metrics, step_seconds
+from era.runs.plan import Run
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of a run. AP of boxes, in points of 100."""
+
+    run: str  # its name
+    identity: str
+    iterations: int  # optimiser steps; 0 = evaluation only
+    ap: dict[
+        str, float | None
+    ]  # of the last evaluation, by metrics.AP_NAMES; None = no such object
+    curve: list[list[float]]  # [optimiser steps, AP] of every evaluation during the training
+    step_ms: float | None  # median of a training step
+    peak_mib: float | None  # most resident memory of the process
+    seconds: float | None  # wall time of the whole run
+    commit: str  # of the code
+    cpu: str  # name of the processor
+
+
+def make_result(run: Run, identity: str, *, seconds: float | None, peak: float | None) -> Result:
+    """The result of a run that is complete, read from its folder.
+
+    Args:
+        seconds: wall time of the run, if known.
+        peak: its memory in MiB, if known.
+
+    Raises:
+        UserError: the run left no evaluation.
+    """
+    metrics = read_metrics(run.folder)
+    step = step_seconds(metrics) if run.iterations else None
+    ap = read_ap(run)
+    return Result(
+        run=run.name,
+        identity=identity,
+        iterations=run.iterations,
+        ap={name: _rounded(ap.get(name, math.nan), 3) for name in AP_NAMES},
+        curve=[[step, round(value, 3)] for step, value in ap_curve(metrics)],
+        step_ms=None if step is None else _rounded(1000 * step, 2),
+        peak_mib=_rounded(peak, 1),
+        seconds=_rounded(seconds, 1),
+        commit=environment.commit(),
+        cpu=environment.machine()["cpu"],
+    )
+
+
+def write_result(folder: Path, result: Result) -> Path:
+    """Write ``<run>.json``, whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = folder / f"{result.run}.json"
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as e:
+        raise UserError(
+            f"the result {path} cannot be written ({e.strerror}): make its folder writable, or name another "
+            "one in the plan's entry results."
+        ) from e
+    return path
+
+
+def read_results(
+    folder: Path, runs: Sequence[Run], identities: Mapping[str, str]
+) -> tuple[dict[str, Result], list[str]]:
+    """The results in a folder that count for runs of a plan.
+
+    Returns:
+        Results by the run's name, and the names of runs whose file is of another identity.
+
+    Raises:
+        UserError: a file that is no result.
+    """
+    found: dict[str, Result] = {}
+    outdated = []
+    for run in runs:
+        path = folder / f"{run.name}.json"
+        if not path.is_file():
+            continue
+        result = _read(path)
+        if result.identity == identities[run.name]:
+            found[run.name] = result
+        else:
+            outdated.append(run.name)
+    return found, outdated
+
+
+def _read(path: Path) -> Result:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        names = {field.name for field in fields(Result)}
+        numbers = (int, float, type(None))
+        fits = (
+            isinstance(value, dict)
+            and value.keys() == names
+            and isinstance(value["identity"], str)
+            and type(value["iterations"]) is int
+            and value["ap"].keys() == set(AP_NAMES)
+            and value["ap"]["AP"] is not None
+            and all(isinstance(v, numbers) for v in value["ap"].values())
+            and all(isinstance(value[k], numbers) for k in ("step_ms", "peak_mib", "seconds"))
+            and all(isinstance(n, (int, float)) for point in value["curve"] for n in point)
+            and all(len(point) == 2 for point in value["curve"])
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{path} is no result of a run: expected the JSON file that tools/study.py wrote there; restore it, "
+            "or delete it to train that run again."
+        )
+    return Result(**value)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)
