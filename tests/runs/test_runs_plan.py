@@ -122,9 +122,47 @@ def test_comparisons(write):
     assert plan.compare == {"longer": "distilled"}
 
 
+def test_schedules_train_every_student_for_each(write, tmp_path):
+    plan = write("runs:", "schedules: {short: 6, long: 12}\nruns:")
+    assert list(plan.variants) == [
+        "teacher", "plain_short", "plain_long", "distilled_short", "distilled_long", "again_short", "again_long",
+        "longer_short", "longer_long",
+    ]  # fmt: skip
+    assert plan.baseline == "plain_short" and plan.compare["distilled_long"] == "plain_long"
+    assert plan.compare["again_short"] == "plain_short" and len(plan.compare) == 6
+    runs = {run.name: run for run in make_runs(plan, tmp_path, seeds=[1])}
+    assert runs["teacher"].iterations == 900  # its config's
+    assert runs["plain_short_seed1"].iterations == 6 and runs["plain_long_seed1"].iterations == 12
+    assert runs["plain_long_seed1"].config.SOLVER.BASE_LR == 0.5
+    assert runs["plain_long_seed1"].label == "Plain, long"
+    evaluated = runs["again_long_seed1"]
+    assert evaluated.evaluates == "distilled_long_seed1" and evaluated.config.SOLVER.MAX_ITER == 12
+    assert dict(evaluated.weights) == {
+        "MODEL.TEACHER.WEIGHTS": "teacher",
+        "MODEL.WEIGHTS": "distilled_long_seed1",
+    }
+    longer = runs["longer_long_seed1"]
+    assert (longer.time_of, longer.step_of) == (("distilled_long_seed1",), ("plain_long_seed1",))
+    assert longer.config.SOLVER.MAX_ITER == 600  # until the others' steps are measured
+
+
+def test_results_are_kept_below_the_repository(write):
+    assert write().results is None
+    assert write("runs:", "results: docs/results/two\nruns:").results == Path("docs/results/two")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("runs:", "results: /tmp/two\nruns:", "results is '/tmp/two': expected a folder below the repository"),
+        ("runs:", "results: docs/../../two\nruns:", r"results is 'docs/../../two': expected a folder below"),
+        ("runs:", "results: .\nruns:", r"results is '\.': expected a folder below"),
+        ("runs:", "results: [a]\nruns:", r"results is \['a'\]: expected a text"),
+        ("runs:", "schedules: {}\nruns:", r"schedules is \{\}: expected at least one name"),
+        ("runs:", "schedules: 600\nruns:", "schedules is 600: expected a mapping"),
+        ("runs:", "schedules: {a/b: 600}\nruns:", "a name in schedules is 'a/b': expected letters"),
+        ("runs:", "schedules: {short: 0}\nruns:", "schedules.short is 0: expected a number of iterations"),
+        ("runs:", "schedules: {short: 1.5}\nruns:", "schedules.short is 1.5: expected a number"),
         ("title: Two ways", "title: [", "is not YAML"),
         ("title: Two ways", "titel: Two ways", r"an entry of the plan is 'titel': expected one of title"),
         ("title: Two ways", "", "title is missing: expected a text"),
@@ -151,6 +189,21 @@ def test_a_mistake_is_one_sentence_with_file_and_entry(write, tmp_path, old, new
     assert str(tmp_path / "plan.yaml") in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_schedule_has_the_only_word_on_iterations(write):
+    text = PLAN.replace("SOLVER.BASE_LR: 0.5", "SOLVER.MAX_ITER: 5")
+    with pytest.raises(
+        UserError, match=r"override of runs.plain is 'SOLVER.MAX_ITER': expected others"
+    ):
+        write("runs:", "schedules: {short: 6}\nruns:", text)
+    text = PLAN.replace(
+        "  plain:", "  plain_b: {label: B, config: configs/toy/plain.yaml}\n  plain:"
+    )
+    with pytest.raises(
+        UserError, match=r"schedules .*: expected names that give every run a name of its"
+    ):
+        write("runs:", "schedules: {c: 6, b_c: 7}\nruns:", text)
+
+
 def test_a_plan_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
         read_plan(tmp_path / "none.yaml")
@@ -163,6 +216,24 @@ def test_every_plan_of_the_repository_makes_runs(path, tmp_path, monkeypatch):
     runs = make_runs(plan, tmp_path)
     assert {run.variant for run in runs} == set(plan.variants)
     assert all(run.iterations > 0 or run.evaluates for run in runs)
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("full", ""), ("few_labels", "_200")])
+def test_the_benchmarks_have_one_teacher_and_equal_terms(name, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    plan = read_plan(REPO / "studies" / f"{name}.yaml")
+    teacher, *students = make_runs(plan, tmp_path)
+    assert teacher.iterations == 4000 and teacher.config.DATASETS.TRAIN == ("era_toy_train",)
+    terms = {}
+    for run in students:
+        assert (f"era_toy_train{pictures}",) == run.config.DATASETS.TRAIN
+        assert run.config.DATASETS.TEST == teacher.config.DATASETS.TEST == ("era_toy_val",)
+        terms.setdefault(run.variant.rsplit("_", 1)[0], set()).add((run.seed, run.iterations))
+    assert set(terms) == {"plain", "plain_init", "pkd", "era", "era_n0"}
+    assert len(terms["plain"]) == 6 and all(term == terms["plain"] for term in terms.values())
+    methods = {run.variant: run.config.MODEL.ERA for run in students}
+    assert (methods["era_short"].NUM_BRANCHES, methods["era_n0_short"].NUM_BRANCHES) == (4, 0)
+    assert plan.results == Path("docs/results") / name
 
 
 def test_the_tables_word_on_inheritance_is_the_configs(tmp_path, monkeypatch):

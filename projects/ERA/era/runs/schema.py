@@ -12,9 +12,10 @@ import yaml
 
 from era.errors import UserError
 
-PLAN_ENTRIES = ("title", "notes", "seeds", "baseline", "compare", "runs")
+PLAN_ENTRIES = ("title", "notes", "seeds", "schedules", "baseline", "compare", "results", "runs")
 RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
 ROLES = ("student", "teacher")
+MAX_ITER = "SOLVER.MAX_ITER"  # the key that a schedule sets
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
     baseline: str
     compare: dict[str, str]  # variant -> the one that its gain is counted from
     variants: dict[str, Variant]
+    results: Path | None = None  # folder below the repository's root in which results are kept
 
     @property
     def name(self) -> str:
@@ -75,6 +77,38 @@ class Plan:
             if variant.name in wanted:
                 wanted |= {*variant.needs, *variant.pace}
         return [v for v in self.variants.values() if v.name in wanted]
+
+
+def scheduled(variants: dict[str, Variant], schedules: dict[str, int]) -> dict[str, Variant]:
+    """Every student once a schedule, named ``<student>_<schedule>``; teachers as they are.
+
+    What a student needs of other students is of the same schedule. One that trains for others' time keeps
+    the iterations that follow from that.
+    """
+    found = {}
+    for name, variant in variants.items():
+        if variant.is_teacher:
+            found[name] = variant
+            continue
+        for schedule, iterations in schedules.items():
+            source = variant
+            while source.evaluates:
+                source = variants[source.evaluates]
+            own = (MAX_ITER, str(iterations)) if not source.pace else ()
+
+            def at(other: str, schedule: str = schedule) -> str:
+                return other if variants[other].is_teacher else f"{other}_{schedule}"
+
+            found[at(name)] = replace(
+                variant,
+                name=at(name),
+                label=f"{variant.label}, {schedule}",
+                overrides=(*variant.overrides, *own),
+                weights={key: at(other) for key, other in variant.weights.items()},
+                evaluates=at(variant.evaluates) if variant.evaluates else None,
+                pace=tuple(map(at, variant.pace)),
+            )
+    return found
 
 
 def read_plan(path: Path) -> Plan:
@@ -121,6 +155,15 @@ class _Reader:
         )
         fits = len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
         self.expect(fits, "seeds", seeds, "a list of different numbers from 0 on")
+        if "schedules" in plan:
+            schedules = self.schedules(plan["schedules"], variants)
+            count = sum(1 if v.is_teacher else len(schedules) for v in variants.values())
+            variants = scheduled(variants, schedules)
+            fits = len(variants) == count
+            self.expect(fits, "schedules", schedules, "names that give every run a name of its own")
+            first = next(iter(schedules))
+            baseline = f"{baseline}_{first}"
+            compare = {f"{a}_{s}": f"{b}_{s}" for s in schedules for a, b in compare.items()}
         return Plan(
             file=self.file,
             title=self.text(plan.get("title"), "title"),
@@ -129,7 +172,28 @@ class _Reader:
             baseline=baseline,
             compare=compare,
             variants=variants,
+            results=self.results(plan["results"]) if "results" in plan else None,
         )
+
+    def schedules(self, value: Any, variants: dict[str, Variant]) -> dict[str, int]:
+        found = self.mapping(value, "schedules")
+        self.expect(bool(found), "schedules", found, "at least one name with its iterations")
+        for name, iterations in found.items():
+            fits = re.fullmatch(r"[\w-]+", name) is not None
+            self.expect(fits, "a name in schedules", name, "letters, digits, _ and -, for a folder")
+            fits = type(iterations) is int and iterations > 0
+            self.expect(fits, f"schedules.{name}", iterations, "a number of iterations from 1 on")
+        for variant in variants.values():
+            fits = variant.is_teacher or MAX_ITER not in variant.overrides[::2]
+            self.expect(fits, f"an override of runs.{variant.name}", MAX_ITER, "others, for schedules sets it")  # fmt: skip
+        return found
+
+    def results(self, value: Any) -> Path:
+        expected = "a folder below the repository's root, such as docs/results/NAME"
+        path = Path(self.text(value, "results"))
+        fits = not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+        self.expect(fits, "results", value, expected)
+        return path
 
     def variant(self, name: str, value: Any, above: dict[str, Variant]) -> Variant:
         where = f"runs.{name}"
