@@ -1,7 +1,7 @@
 """Studies of several seeds: what ``tools/study.py`` does.
 
-A plan of ``studies/`` says what is trained; every variant is trained from every seed, and the table gives
-every AP, the mean, the gain over the variant that it is compared with, and the time of a step.
+A plan of ``studies/`` says what is trained; every variant is trained from every seed. A study goes on where it
+was stopped, also on another machine if the plan keeps ``results``, and past a run that fails.
 """
 
 from __future__ import annotations
@@ -9,123 +9,64 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from era import environment
 from era.engine.preflight import check_data
 from era.errors import UserError
-from era.runs import tables
-from era.runs.execute import execute, interruptible
+from era.runs.execute import State, execute, interruptible
 from era.runs.folder import prepare_folder
-from era.runs.metrics import read_ap, read_metrics, step_seconds
+from era.runs.identity import identities
 from era.runs.plan import Run, make_runs
+from era.runs.results import Result, make_result, read_results, write_result
 from era.runs.schema import Plan, read_plan
+from era.study.figures import write_curves
+from era.study.summary import page, summarise, table
 
-PRODUCTS = ("table.md", "results.json")
+PRODUCTS = ("table.md", "results.json", "curves.svg")
+FAILED = 1  # exit status
 
 
 def argument_parser() -> argparse.ArgumentParser:
     """Options of ``tools/study.py``."""
     parser = argparse.ArgumentParser(
-        description="Train variants from several seeds and compare their AP, as a plan says.",
+        description="Train variants from several seeds and compare their AP, as a plan says. The same command "
+        "goes on after a stop: complete runs are kept, unless what they follow from has changed. A run that fails "
+        "is named, the others go on, and the exit status is 1.",
         epilog="studies/demo.yaml explains the entries of a plan. A study takes from half an hour to hours "
-        "on two cores; --reuse goes on after a stop.",
+        "on two cores. Its folder then holds table.md, results.json, curves.svg (AP over iterations and over time) "
+        "and the runs; a plan with the entry results keeps a small file of every complete run there, with which "
+        "another machine goes on.",
     )
     parser.add_argument(
         "study", help="a name in studies/, such as parts, or the path of a YAML file"
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these of the study, by the names "
-                        "of its runs, and what they need; default all")  # fmt: skip
+                        "of its runs (with schedules: NAME_SCHEDULE), and what they need; default all")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--output", type=Path, help="folder; default output/study/<study>")
     parser.add_argument("--teacher", type=Path, help="a trained teacher's model_final.pth to use")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
-    parser.add_argument("--reuse", action="store_true", help="keep complete runs")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--fresh", action="store_true", help="train everything again")
+    again.add_argument(
+        "--reuse", "--resume", action="store_true", help="keep complete runs: the default"
+    )
     return parser
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Results of one variant. AP in points of 100."""
-
-    name: str
-    label: str
-    inherited: str
-    iterations: int  # optimiser steps; 0 = evaluation only
-    seeds: tuple[int | None, ...]
-    ap: tuple[float, ...]  # by seed
-    mean: float
-    gain: float | None  # over the mean of the variant that it is compared with, if there is one
-    step_ms: float | None  # median of the runs' medians
-
-
-def summarise(plan: Plan, runs: Sequence[Run]) -> list[Entry]:
-    """One entry a variant that is no teacher, in the plan's order.
-
-    Raises:
-        UserError: a run left no evaluation.
-    """
-    by_variant: dict[str, list[Run]] = {}
-    for run in runs:
-        if not run.is_teacher:
-            by_variant.setdefault(run.variant, []).append(run)
-    ap = {name: [read_ap(run)["AP"] for run in own] for name, own in by_variant.items()}
-    mean = {name: statistics.mean(values) for name, values in ap.items()}
-    entries = []
-    for name, own in by_variant.items():
-        steps = [step_seconds(read_metrics(run.folder)) for run in own]
-        measured = [1000 * seconds for seconds in steps if seconds is not None]
-        reference = mean.get(plan.compare.get(name, ""))
-        entries.append(
-            Entry(
-                name=name,
-                label=own[0].label,
-                inherited=own[0].inherited,
-                iterations=own[0].iterations,
-                seeds=tuple(run.seed for run in own),
-                ap=tuple(ap[name]),
-                mean=mean[name],
-                gain=None if reference is None else mean[name] - reference,
-                step_ms=statistics.median(measured) if measured else None,
-            )
-        )
-    return entries
-
-
-def table(plan: Plan, entries: Sequence[Entry]) -> str:
-    """The entries as a Markdown table."""
-    labels = {entry.name: entry.label for entry in entries}
-    seeds = [f"AP, seed {seed}" if seed is not None else "AP" for seed in entries[0].seeds]
-    headings = ["variant", "inherited", "iterations", "ms a step", *seeds, "mean", "gain", "over"]
-    rows = []
-    for entry in entries:
-        reference = labels.get(plan.compare.get(entry.name, ""), "")
-        rows.append(
-            [
-                *(entry.label, entry.inherited, str(entry.iterations)),
-                tables.number(entry.step_ms, ".0f"),
-                *(tables.number(ap, ".1f") for ap in (*entry.ap, entry.mean)),
-                tables.number(entry.gain, "+.1f"),
-                reference,
-            ]
-        )
-    return tables.markdown(headings, rows, texts=2)
-
-
 def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
-    """Run a study; ``table.md`` and ``results.json`` in its folder, the table on the screen.
+    """Run a study; ``table.md``, ``results.json`` and ``curves.svg`` in its folder, the table on the screen.
 
     Args:
         root: top of the repository.
 
     Returns:
-        Exit status.
+        Exit status: 1 if a run failed.
 
     Raises:
-        UserError: options or a plan that do not fit, a folder that is not the study's, a run that failed.
+        UserError: options or a plan that do not fit, a folder that is not the study's, a result that is none.
     """
     args = argument_parser().parse_args(argv)
     plan = read_plan(find_plan(args.study, root))
@@ -138,23 +79,75 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     os.chdir(root)
     runs = make_runs(plan, output, seeds=args.seeds or (), only=args.variants, given=given)
     with (
-        prepare_folder(output, runs=runs, products=PRODUCTS, reuse=args.reuse),
-        interruptible(output),
+        prepare_folder(output, runs=runs, products=PRODUCTS, reuse=not args.fresh),
+        interruptible(output, how="the same command goes on"),
     ):
-        check_data(runs[0].config, for_training=True)  # makes the toy data once, before all runs
-        states = execute(runs, jobs=args.jobs, cores=environment.usable_cores(), reuse=args.reuse)
-        entries = summarise(plan, [state.run for state in states.values()])
-        text = table(plan, entries)
-        (output / "table.md").write_text(f"# {plan.title}\n\n{text}\n", encoding="utf-8")
-        results = {
+        for run in {run.config.DATASETS.dump(): run for run in runs}.values():
+            check_data(run.config, for_training=True)  # makes the toy data, before all runs
+        results, problems = run_all(plan, runs, jobs=args.jobs, fresh=args.fresh)
+        entries = summarise(plan, runs, results)
+        text = page(plan, entries, problems)
+        (output / "table.md").write_text(text, encoding="utf-8")
+        write_curves(entries, output / "curves.svg")
+        found = {
             "plan": str(plan.file),
             "versions": environment.versions(),
             "machine": environment.machine(),
-            "variants": [asdict(entry) for entry in entries],
+            "variants": [entry.as_dict() for entry in entries],
+            "missing": problems,
         }
-        (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(text)
-    return 0
+        (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"\n{table(entries)}\n\nMore of it, and how it was counted: {output / 'table.md'}")
+    return tell_missing(runs, problems)
+
+
+def run_all(
+    plan: Plan, runs: Sequence[Run], *, jobs: int, fresh: bool
+) -> tuple[dict[str, Result], dict[str, str]]:
+    """Execute what is not complete, keeping results as they come where the plan says so.
+
+    Returns:
+        The results, and why runs failed or were skipped, by name of the run.
+
+    Raises:
+        UserError: a file in the plan's folder of results that is none.
+    """
+    results: dict[str, Result] = {}
+    if plan.results and not fresh:
+        results, outdated = read_results(plan.results, runs, identities(runs))
+        print(f"{len(results)} of {len(runs)} results are in {plan.results}", flush=True)
+        for name in outdated:
+            print(
+                f"{plan.results / name}.json is of other settings: {name} is to be run", flush=True
+            )
+    known = {name: result.iterations for name, result in results.items()}
+
+    def keep(state: State) -> None:
+        result = make_result(state.run, state.identity, seconds=state.seconds, peak=state.peak_mib)
+        if plan.results:
+            write_result(plan.results, result)
+        results[state.run.name] = result
+
+    states = execute(
+        runs,
+        jobs=jobs,
+        cores=environment.usable_cores(),
+        reuse=not fresh,
+        known=known,
+        go_on=True,
+        on_finished=keep,
+    )
+    return results, {name: state.problem for name, state in states.items() if state.problem}
+
+
+def tell_missing(runs: Sequence[Run], problems: Mapping[str, str]) -> int:
+    """Say what failed; the exit status."""
+    if not problems:
+        return 0
+    print(f"\n{len(problems)} of {len(runs)} runs are missing:")
+    for name, why in problems.items():
+        print(f"  {name}: {why}")
+    return FAILED
 
 
 def find_plan(study: str, root: Path) -> Path:
