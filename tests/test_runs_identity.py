@@ -124,7 +124,7 @@ def test_a_given_teacher_of_another_study_is_that_teacher(of, tmp_path):
     copy.write_bytes(b"others")
     assert changed(given, of(given={"teacher": copy})) == {"distilled", "pkd", "again", "longer"}
     run = make_run(tmp_path / "other", "teacher")
-    mark_finished(run, first["teacher"], {}, seconds=1.0, peak=None)
+    mark_finished(run, first["teacher"], {}, seconds=1.0, peak=None, commit="")
     given = of(given={"teacher": weights})
     assert {name: first[name] for name in given} == given
 

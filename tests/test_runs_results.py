@@ -21,13 +21,14 @@ def run(tmp_path):
 
 
 def test_a_result_is_small_and_what_the_folder_says(tmp_path, run):
-    result = make_result(run, "i" * 64, seconds=61.234, peak=512.04)
+    result = make_result(run, "i" * 64, seconds=61.234, peak=512.04, commit="abc")
     assert result.ap == {
         **dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm"), 20.0),
         "APl": None,
     }
     assert result.curve == [[50, 10.0], [100, 20.0]] and result.step_ms == 250.0
     assert (result.iterations, result.seconds, result.peak_mib) == (100, 61.2, 512.0)
+    assert result.commit == "abc" and result.machine
     path = write_result(tmp_path / "docs" / "results", result)
     assert path == tmp_path / "docs" / "results" / "student.json" and path.stat().st_size < 700
     assert "NaN" not in path.read_text()
@@ -42,7 +43,7 @@ def test_an_evaluation_is_read_from_its_log(tmp_path):
     run.folder.mkdir()
     names, numbers = "AP,AP50,AP75,APs,APm,APl", "31.5,40.0,33.0,nan,30.0,32.0"
     run.log.write_text(f"copypaste: Task: bbox\ncopypaste: {names}\ncopypaste: {numbers}\n")
-    result = make_result(run, "", seconds=None, peak=None)
+    result = make_result(run, "", seconds=None, peak=None, commit="abc")
     assert (result.ap["AP"], result.ap["APs"], result.ap["APl"]) == (31.5, None, 32.0)
     assert (result.curve, result.step_ms, result.peak_mib) == ([], None, None)
 
@@ -50,7 +51,7 @@ def test_an_evaluation_is_read_from_its_log(tmp_path):
 def test_a_run_without_an_evaluation_has_no_result(run):
     (run.folder / "metrics.json").write_text("")
     with pytest.raises(UserError, match="'student' left no evaluation"):
-        make_result(run, "", seconds=1.0, peak=None)
+        make_result(run, "", seconds=1.0, peak=None, commit="abc")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_run_without_an_evaluation_has_no_result(run):
         lambda value: json.dumps({**value, "more": 1}),
         lambda value: json.dumps({**value, "identity": None}),
         lambda value: json.dumps({**value, "ap": {"AP": 1.0}}),
-        lambda value: json.dumps({**value, "ap": {**value["ap"], "AP": None}}),
+        lambda value: json.dumps({**value, "ap": {**value["ap"], "AP": "high"}}),
         lambda value: json.dumps({**value, "ap": 3}),
         lambda value: json.dumps({**value, "curve": [[1, 2, 3]]}),
         lambda value: json.dumps({**value, "curve": 5}),
@@ -69,7 +70,7 @@ def test_a_run_without_an_evaluation_has_no_result(run):
     ],
 )
 def test_a_file_that_is_no_result_is_named_and_kept(tmp_path, run, change):
-    path = write_result(tmp_path, make_result(run, "i", seconds=1.0, peak=None))
+    path = write_result(tmp_path, make_result(run, "i", seconds=1.0, peak=None, commit="abc"))
     text = change(json.loads(path.read_text()))
     path.write_text(text)
     with pytest.raises(
@@ -82,4 +83,4 @@ def test_a_file_that_is_no_result_is_named_and_kept(tmp_path, run, change):
 def test_a_folder_that_cannot_be_written(tmp_path, run):
     (tmp_path / "docs").write_text("a file")
     with pytest.raises(UserError, match=r"docs/student\.json cannot be written"):
-        write_result(tmp_path / "docs", make_result(run, "i", seconds=1.0, peak=None))
+        write_result(tmp_path / "docs", make_result(run, "i", seconds=1.0, peak=None, commit="abc"))

@@ -117,10 +117,13 @@ def test_a_failure_then_mended_then_elsewhere_then_another_setting(checkouts, ca
     assert "plain_seed1.json is of other settings" in capsys.readouterr().out
 
 
-def test_results_that_are_lost_are_written_again_from_the_folder(checkouts):
+def test_results_that_are_lost_are_written_again_from_the_folder(checkouts, monkeypatch):
     here, _ = checkouts
+    monkeypatch.setattr("era.environment.commit", lambda: "the code that ran")
     assert here.study("--seeds", "1") == 0
     before = json.loads((here.results / "plain_seed1.json").read_text())
+    assert before["commit"] == "the code that ran"
+    monkeypatch.setattr("era.environment.commit", lambda: "the code of today")
     (here.results / "plain_seed1.json").unlink()
     assert here.study("--seeds", "1", "--resume") == 0 and here.started == []
     assert json.loads((here.results / "plain_seed1.json").read_text()) == before

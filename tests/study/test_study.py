@@ -34,7 +34,7 @@ def study(tmp_path, monkeypatch):
                 {"iteration": iteration} | {f"bbox/{n}": value + m for n, m in names.items()}
             )
         (run.folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
-        results[run.name] = make_result(run, run.name, seconds=90.0, peak=800.0 + ap)
+        results[run.name] = make_result(run, run.name, seconds=90.0, peak=800.0 + ap, commit="")
     return plan, runs, results
 
 
@@ -89,6 +89,8 @@ def test_what_is_missing_takes_nothing_else_away(study):
     assert json.loads(json.dumps([entry.as_dict() for entry in entries]))[2]["differences"] == [
         11.0
     ]
+    results["plain_seed2"].ap["AP"] = None  # it detected nothing
+    assert summarise(plan, runs, results)[2].gain is None
     only = summarise(plan, runs, {})
     assert [entry.mean() for entry in only] == [None] * 3 and "| ERA" in table(only)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from era import environment
 from era.errors import UserError
 from era.runs.folder import is_finished, mark_finished, read_stamp
 from era.runs.identity import identities
@@ -35,6 +36,7 @@ class State:
     started: float = 0.0  # time.monotonic()
     seconds: float | None = None  # wall time of the complete run
     peak_mib: float | None = None  # most resident memory of its process
+    commit: str = "unknown"  # of the code that it runs
     reused: bool = False
     steps: int = 0
     problem: str = ""  # why it failed, or was not started
@@ -143,6 +145,7 @@ def execute(
                     state.run = with_iterations(run, states)
                     state.process = start(state.run, max(1, cores // jobs))
                     state.started = time.monotonic()
+                    state.commit = environment.commit()
                     running.append(state)
             progress.show(*_count(states), ", ".join(state.where for state in running))
             if not running and not any(state.is_waiting for state in states.values()):
@@ -250,6 +253,7 @@ def _reuse(state: State, known_iterations: int | None) -> None:
     state.reused, state.steps = True, state.run.iterations
     if stamp.get("identity") == state.identity:
         state.seconds, state.peak_mib = stamp.get("seconds"), stamp.get("peak_mib")
+        state.commit = stamp.get("commit", "unknown")
 
 
 def _skip(states: Mapping[str, State], progress: Progress) -> None:
@@ -291,5 +295,12 @@ def _collect(
         )
     state.seconds = time.monotonic() - state.started
     finish(state)
-    mark_finished(run, state.identity, folder_of, seconds=state.seconds, peak=state.peak_mib)
+    mark_finished(
+        run,
+        state.identity,
+        folder_of,
+        seconds=state.seconds,
+        peak=state.peak_mib,
+        commit=state.commit,
+    )
     progress.say(f"{run.name}: done in {state.seconds:.0f} s")

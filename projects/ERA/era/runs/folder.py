@@ -95,14 +95,21 @@ def is_finished(run: Run, identity: str, folder_of: Mapping[str, Path]) -> bool:
 
 
 def mark_finished(
-    run: Run, identity: str, folder_of: Mapping[str, Path], *, seconds: float, peak: float | None
+    run: Run,
+    identity: str,
+    folder_of: Mapping[str, Path],
+    *,
+    seconds: float,
+    peak: float | None,
+    commit: str,
 ) -> None:
-    """Note that a run is complete, how long it took, and how much memory, in MiB."""
+    """Note that a run is complete, how long it took, how much memory, in MiB, and by which code."""
     stamp = {
         "identity": identity,
         "after": {name: _stamp_sha256(folder_of[name]) for name in run.depends_on},
         "seconds": round(seconds, 3),
         "peak_mib": peak,
+        "commit": commit,
     }
     partial = run.folder / (STAMP + ".partial")
     partial.write_text(json.dumps(stamp, indent=1), encoding="utf-8")

@@ -28,21 +28,24 @@ class Result:
     iterations: int  # optimiser steps; 0 = evaluation only
     ap: dict[
         str, float | None
-    ]  # of the last evaluation, by metrics.AP_NAMES; None = no such object
+    ]  # of the last evaluation, by metrics.AP_NAMES; None = no such object, or nothing detected
     curve: list[list[float]]  # [optimiser steps, AP] of every evaluation during the training
     step_ms: float | None  # median of a training step
     peak_mib: float | None  # most resident memory of the process
     seconds: float | None  # wall time of the whole run
     commit: str  # of the code
-    cpu: str  # name of the processor
+    machine: str  # name of the processor, or of the GPU where that did the work
 
 
-def make_result(run: Run, identity: str, *, seconds: float | None, peak: float | None) -> Result:
+def make_result(
+    run: Run, identity: str, *, seconds: float | None, peak: float | None, commit: str
+) -> Result:
     """The result of a run that is complete, read from its folder.
 
     Args:
         seconds: wall time of the run, if known.
         peak: its memory in MiB, if known.
+        commit: of the code that it ran.
 
     Raises:
         UserError: the run left no evaluation.
@@ -50,6 +53,8 @@ def make_result(run: Run, identity: str, *, seconds: float | None, peak: float |
     metrics = read_metrics(run.folder)
     step = step_seconds(metrics) if run.iterations else None
     ap = read_ap(run)
+    here = environment.machine()
+    gpu = here["gpu"] if run.config.MODEL.DEVICE != "cpu" else None
     return Result(
         run=run.name,
         identity=identity,
@@ -59,8 +64,8 @@ def make_result(run: Run, identity: str, *, seconds: float | None, peak: float |
         step_ms=None if step is None else _rounded(1000 * step, 2),
         peak_mib=_rounded(peak, 1),
         seconds=_rounded(seconds, 1),
-        commit=environment.commit(),
-        cpu=environment.machine()["cpu"],
+        commit=commit,
+        machine=gpu or here["cpu"],
     )
 
 
@@ -120,7 +125,6 @@ def _read(path: Path) -> Result:
             and isinstance(value["identity"], str)
             and type(value["iterations"]) is int
             and value["ap"].keys() == set(AP_NAMES)
-            and value["ap"]["AP"] is not None
             and all(isinstance(v, numbers) for v in value["ap"].values())
             and all(isinstance(value[k], numbers) for k in ("step_ms", "peak_mib", "seconds"))
             and all(isinstance(n, (int, float)) for point in value["curve"] for n in point)

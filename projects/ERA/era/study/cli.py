@@ -123,7 +123,13 @@ def run_all(
     known = {name: result.iterations for name, result in results.items()}
 
     def keep(state: State) -> None:
-        result = make_result(state.run, state.identity, seconds=state.seconds, peak=state.peak_mib)
+        result = make_result(
+            state.run,
+            state.identity,
+            seconds=state.seconds,
+            peak=state.peak_mib,
+            commit=state.commit,
+        )
         if plan.results:
             write_result(plan.results, result)
         results[state.run.name] = result

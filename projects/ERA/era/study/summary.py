@@ -99,6 +99,7 @@ def summarise(plan: Plan, runs: Sequence[Run], results: Mapping[str, Result]) ->
         pairs = [
             (r.ap["AP"], base[seed].ap["AP"]) for seed, r in found[name].items() if seed in base
         ]
+        pairs = [pair for pair in pairs if None not in pair]
         iterations = {result.iterations for result in found[name].values()} or {run.iterations}
         entries.append(
             Entry(
