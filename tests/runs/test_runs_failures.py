@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import runs_case
 from runs_case import FAIL, PASS, make_run, training
 
 from era.errors import UserError
@@ -147,7 +148,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="a child ends with its parent on Linux alone")
 def test_a_killed_call_leaves_no_process_behind_and_the_next_one_goes_on(tmp_path):
     script = (sys.executable, "-W", "ignore", "-c", textwrap.dedent(KILLED))
-    here = str(Path(__file__).parent)
+    here = str(Path(runs_case.__file__).parent)  # where the script finds it
     call = subprocess.Popen((*script, str(tmp_path), here), stdout=subprocess.PIPE, text=True)
     log = tmp_path / "slow" / "train.log"
     deadline = time.monotonic() + 60
