@@ -40,11 +40,12 @@ def metrics_lines(ap: float, *, iterations: int = 100, seconds: float = 0.1) -> 
         {"iteration": i, "total_loss": 1.0, "time": seconds}
         for i in (iterations // 2, iterations - 1)
     ]
-    for share, value in ((0.5, ap / 2), (1.0, ap)):
+    for iteration, value in (
+        (iterations // 2 - 1, ap / 2),
+        (iterations, ap),
+    ):  # as Detectron2 counts
         names = ("AP", "AP50", "AP75", "APs", "APm")
-        lines.append(
-            {"iteration": round(iterations * share) - 1} | {f"bbox/{n}": value for n in names}
-        )
+        lines.append({"iteration": iteration} | {f"bbox/{n}": value for n in names})
     return "\n".join(map(json.dumps, lines))
 
 

@@ -77,5 +77,8 @@ def read_ap(run: Run) -> dict[str, float]:
 
 def ap_curve(metrics: list[dict]) -> list[tuple[int, float]]:
     """Optimiser steps and AP of every evaluation that the metrics tell of, in order."""
-    found = {m["iteration"] + 1: float(m["bbox/AP"]) for m in metrics if "bbox/AP" in m}
+    most = (
+        steps_done(metrics) or math.inf
+    )  # the last evaluation is counted as one step after the last
+    found = {min(m["iteration"] + 1, most): float(m["bbox/AP"]) for m in metrics if "bbox/AP" in m}
     return sorted((step, ap) for step, ap in found.items() if math.isfinite(ap))
