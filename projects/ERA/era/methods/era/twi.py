@@ -9,7 +9,7 @@ heads' weights never change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -61,12 +61,11 @@ def twi_loss(
         samples_per_image: ``e_1..e_N`` are judged on a part of the samples that stands for all; 0 = all.
             ``e_0``, which has the largest weight, is always judged on all.
     """
-    total = 0.0
-    for i, (weight, estimate) in enumerate(zip(weights, estimates, strict=True)):
-        count = samples_per_image if i > 0 else 0
-        loss = judge.head_loss(part, estimate, recording, samples_per_image=count)
-        total = total + weight * loss
-    return total
+
+    def loss(estimate: dict[str, Tensor], count: int) -> Tensor:
+        return judge.head_loss(part, estimate, recording, samples_per_image=count)
+
+    return _over_estimates(loss, estimates, weights, samples_per_image)
 
 
 def soft_twi_loss(
@@ -90,19 +89,33 @@ def soft_twi_loss(
         soft: how they judge.
     """
     targets = judge.soft_targets(part, target, recording, positions=soft.positions)
-    total = 0.0
-    for i, (weight, estimate) in enumerate(zip(weights, estimates, strict=True)):
-        loss = judge.soft_head_loss(
+
+    def loss(estimate: dict[str, Tensor], count: int) -> Tensor:
+        return judge.soft_head_loss(
             part,
             estimate,
             targets,
             recording,
-            samples_per_image=samples_per_image if i > 0 else 0,
+            samples_per_image=count,
             positions=soft.positions,
             temperature=soft.temperature,
         )
-        total = total + weight * loss
-    return total
+
+    return _over_estimates(loss, estimates, weights, samples_per_image)
+
+
+def _over_estimates(
+    loss: Callable[[dict[str, Tensor], int], Tensor],
+    estimates: Sequence[dict[str, Tensor]],
+    weights: Sequence[float],
+    samples_per_image: int,
+) -> Tensor:
+    """``sum_i w_i loss(e_i)``: ``e_0`` on all samples, the others on ``samples_per_image``."""
+    counts = [0] + [samples_per_image] * (len(estimates) - 1)
+    return sum(
+        weight * loss(estimate, count)
+        for weight, estimate, count in zip(weights, estimates, counts, strict=True)
+    )
 
 
 def judgements(
