@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -123,6 +124,15 @@ def train_history(config: str, *opts, inputs=batch, steps: int = 4) -> list[dict
             sum(losses.values()).backward()
             optimizer.step()
     return history
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Hash of every file below ``folder``, by its relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 def run_tool(name: str, *args, env=None, timeout: int = 300) -> subprocess.CompletedProcess:

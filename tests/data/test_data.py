@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -19,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from builders import TOY
+from builders import TOY, digest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -48,15 +47,6 @@ def clean_catalogs():
         MetadataCatalog.remove(name)
         coco._own.pop(name, None)
     toy.register()
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """Hash of every file below ``folder``, by its relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 # ---- the toy dataset: content --------------------------------------------------------------------

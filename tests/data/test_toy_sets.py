@@ -1,11 +1,10 @@
 """The toy data's further sets: few labels, and pictures to choose settings on."""
 
 import dataclasses
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
+from builders import digest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from era.data import toy
@@ -25,14 +24,6 @@ def _registered(tmp_path):
     toy.register(tmp_path, SPEC)
     yield
     toy.register()
-
-
-def digest(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 def test_the_first_pictures_of_training_are_a_set_without_copies(tmp_path, few):
