@@ -40,6 +40,7 @@ def training_metrics(ap: float, methods: tuple[str, ...], seconds: float = 0.25)
         line |= dict.fromkeys(OWN, fall) | dict.fromkeys(added, 0.5 * fall)
         for level in ("p2", "p3") if methods else ():
             line |= {f"era/{level}/residual_e{i}": fall * 0.8**i for i in range(5)}
+            line[f"era/{level}/removed"] = 1 - 0.8**4
         lines.append(line)
     return [*lines, {"iteration": 100, "bbox/AP": ap, "bbox/AP50": ap + 20, "bbox/AP75": ap + 1}]
 
@@ -160,7 +161,7 @@ def test_figures_are_drawn(plan, runs, tmp_path):
     figures.write_losses(runs, runs[2], tmp_path / "losses.png")
     figures.write_charts(runs, tmp_path / "charts.png")
     figures.write_ap(rows, runs, table.gains(rows, plan.compare), tmp_path / "ap.png")
-    for name, inches in {"losses": (11, 4.4), "charts": (11, 4.4), "ap": (7.2, 4.4)}.items():
+    for name, inches in {"losses": (11, 4.4), "charts": (11, 8.8), "ap": (7.2, 4.4)}.items():
         with Image.open(tmp_path / f"{name}.png") as image:
             expected = [round(side * figures.DPI) for side in inches]
             assert np.abs(np.subtract(image.size, expected)).max() <= 1

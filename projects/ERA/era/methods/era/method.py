@@ -81,6 +81,14 @@ class ERA(Method):
             "fall with training; with a standardised target they are in units of the teacher's variance. A "
             "lower residual is not a higher AP.",
         ),
+        Chart(
+            title="what the branches remove",
+            y_label="1 − |F_T − e_N|² / |F_T − e₀|²",
+            pattern=r"era/(?P<curve>\w+)/removed",
+            curve_name=lambda level: level,
+            explanation="The fraction of the distance from e₀ to the teacher's features that the branches of MBRNet "
+            "take away together, by level: 0 where they do nothing, 1 where e_N is F_T, below 0 where they do harm.",
+        ),
     )
     alpha_key = "MODEL.ERA.ALPHA"
     add_config = staticmethod(config.add_config)
@@ -235,7 +243,8 @@ class ERA(Method):
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
 
         Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
-        i = 0..N, goes into the event storage: it must fall with training.
+        i = 0..N, goes into the event storage: it must fall with training. So does ``era/<level>/removed``,
+        ``1 - |F_T - e_N|^2 / |F_T - e_0|^2``, if there are branches.
 
         With ``MODEL.ERA.STANDARDIZE`` "teacher" F_T, e_i and d_i are divided by sigma_T in the first two terms and in
         what is logged, see :class:`TeacherDeviation`.
@@ -300,6 +309,9 @@ class ERA(Method):
         for level, by_estimate in zip(self.estimator.levels, measured.tolist(), strict=True):
             for i, value in enumerate(by_estimate):
                 storage.put_scalar(f"era/{level}/residual_e{i}", value)
+            if len(by_estimate) > 1 and by_estimate[0] > 0:
+                removed = 1 - by_estimate[-1] / by_estimate[0]
+                storage.put_scalar(f"era/{level}/removed", removed)
 
     def detector(self, student: Detector) -> Callable | None:
         """At alpha 0 None (the plain student); above, student and teacher's heads on ``e_N`` blended."""
