@@ -40,6 +40,8 @@ MODELS = {
         [], {"norm": "none", "hidden_channels": 4}),
     "parallel branches": ([], [], {"norm": "none", "accumulated_inputs": False}),
     "3x3 branches": ([], [], {"norm": "none", "kernel_size": 3, "hidden_channels": 4}),
+    "3x3 first, 1x1 last": (
+        [], [], {"norm": "none", "context_kernel": 3, "hidden_channels": 4, "num_blocks": 3}),
     "norm at the end": ([], [], {"norm": "GN"}),
     "three blocks": ([], [], {"norm": "none", "num_blocks": 3, "hidden_channels": 4}),
     "no branches": ([], [], {"norm": "none", "num_branches": 0}),
@@ -237,12 +239,13 @@ def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
         ["MODEL.ERA.NORM", "GN", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"],
         ["MODEL.FPN.OUT_CHANNELS", "12", "MODEL.ERA.SHARED_UP_PROJECTION", "True"],
         ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
+        ["MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.HIDDEN_CHANNELS", "12"],
         ["MODEL.ERA.STANDARDIZE", "teacher", *SOFT, "sampled"],
         ["MODEL.ERA.STANDARDIZE", "teacher", "MODEL.ERA.NORM", "GN", *SOFT, "all"],
         [*SOFT, "sampled", "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0"],
     ],
     ids=[
-        "default", "norms, all proposals", "adapter", "no branches", "standardised, soft",
+        "default", "norms, all proposals", "adapter", "no branches", "context", "standardised, soft",
         "standardised, norms, soft at all anchors", "soft alone",
     ],
 )  # fmt: skip

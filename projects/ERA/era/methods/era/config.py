@@ -28,6 +28,11 @@ def add_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
     _C.MODEL.ERA.NUM_BLOCKS = 2  # conv-norm blocks in a branch, a ReLU between two of them
     _C.MODEL.ERA.KERNEL_SIZE = 1  # of every conv in a branch, pixels of the map; odd
+    # Of the first conv of a branch, pixels of the map, odd: dense context, while the others stay KERNEL_SIZE; 0 =
+    # KERNEL_SIZE. Not in the official code, whose branches read pooled vectors.
+    _C.MODEL.ERA.CONTEXT_KERNEL = 0
+    # Start with B_i = 0, so e_i = e_0 (zero-gain start); the official code starts its last norm at gain 1.
+    _C.MODEL.ERA.ZERO_START = False
     _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
     _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
     _C.MODEL.ERA.NORM_MOMENTUM = 0.01  # of BN and SyncBN (the official code's value)
@@ -123,6 +128,11 @@ def check_config(cfg: CfgNode) -> None:
     if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
         raise UserError(
             f"MODEL.ERA.KERNEL_SIZE is {era.KERNEL_SIZE}: expected an odd number from 1 on."
+        )
+    if era.CONTEXT_KERNEL < 0 or (era.CONTEXT_KERNEL > 0 and era.CONTEXT_KERNEL % 2 == 0):
+        raise UserError(
+            f"MODEL.ERA.CONTEXT_KERNEL is {era.CONTEXT_KERNEL}: expected an odd number from 1 on, or 0 for "
+            "MODEL.ERA.KERNEL_SIZE."
         )
     if era.NUM_BLOCKS < 1 or era.HIDDEN_CHANNELS < 0:
         raise UserError(

@@ -69,6 +69,11 @@ class Branch(nn.Sequential):
     Maps (B, ``channels``, H, W) to the same shape; the last block has no activation, because a residual
     has both signs. Without norms the last conv has no bias (a hidden unit can serve as one), so that the
     branch ends in a purely linear map, which can be exchanged with pooling.
+
+    Args:
+        context_kernel: kernel size of the first conv, the branch's view of its surroundings; 0 = ``kernel_size``.
+        zero_start: the last layer starts at 0, so that ``B_i`` gives 0 at first (zero-gain start, Goyal et al. 2017,
+            section 5.1). That layer still has a gradient, and with its first step the layers before it get one.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class Branch(nn.Sequential):
         hidden_channels: int,
         norm: str,
         norm_momentum: float,
+        context_kernel: int = 0,
+        zero_start: bool = False,
     ):
         widths = [channels] + [hidden_channels] * (num_blocks - 1) + [channels]
         layers: list[nn.Module] = []
@@ -87,9 +94,12 @@ class Branch(nn.Sequential):
             if block > 0:
                 layers.append(nn.ReLU())
             is_last = block == num_blocks - 1
+            size = context_kernel or kernel_size if block == 0 else kernel_size
             layers += conv_norm(
-                widths[block], widths[block + 1], kernel_size, norm, norm_momentum, bias=not is_last
+                widths[block], widths[block + 1], size, norm, norm_momentum, bias=not is_last
             )
+        if zero_start:
+            nn.init.zeros_(layers[-1].weight)  # of the last conv, or the gain of the norm after it
         super().__init__(*layers)
 
 
@@ -103,7 +113,8 @@ class MBRNet(nn.Module):
         in_channels: channels of ``F_S``.
         out_channels: channels of ``F_T``; where they equal ``in_channels`` there is no ``U``.
         num_branches: N; 0 is allowed and gives no residual.
-        num_blocks, kernel_size, norm, norm_momentum: of each branch, see :class:`Branch`.
+        num_blocks, kernel_size, norm, norm_momentum, context_kernel, zero_start: of each branch, see
+            :class:`Branch`.
         hidden_channels: width inside a branch; 0 = ``in_channels``.
         accumulated_inputs: the switch above.
         shared_up_projection: one ``U`` for all branches instead of one each.
@@ -120,6 +131,8 @@ class MBRNet(nn.Module):
         hidden_channels: int = 0,
         norm: str = "BN",
         norm_momentum: float = 0.01,
+        context_kernel: int = 0,
+        zero_start: bool = False,
         accumulated_inputs: bool = True,
         shared_up_projection: bool = False,
     ):
@@ -133,6 +146,8 @@ class MBRNet(nn.Module):
                 hidden_channels=hidden_channels or in_channels,
                 norm=norm,
                 norm_momentum=norm_momentum,
+                context_kernel=context_kernel,
+                zero_start=zero_start,
             )
             for _ in range(num_branches)
         )

@@ -200,6 +200,8 @@ class ERA(Method):
             hidden_channels=era.HIDDEN_CHANNELS,
             norm=era.NORM,
             norm_momentum=era.NORM_MOMENTUM,
+            context_kernel=era.CONTEXT_KERNEL,
+            zero_start=era.ZERO_START,
             accumulated_inputs=era.ACCUMULATED_INPUTS,
             shared_up_projection=era.SHARED_UP_PROJECTION,
         )
