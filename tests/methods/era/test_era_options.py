@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from era.errors import UserError
 from era.methods.era import ERA
 from era.methods.era.fast.factored import ends_linear
-from era.methods.era.mbrnet import MBRNet
+from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.runs.series import chart_series
 
 # ---- what the branches remove -----------------------------------------------------------------------
@@ -87,3 +87,73 @@ def test_context_and_zero_start_rename_no_weight():
 def test_a_context_kernel_is_odd(value):
     with pytest.raises(UserError, match=rf"CONTEXT_KERNEL is {value}: expected an odd number"):
         tiny_model("era", "MODEL.ERA.CONTEXT_KERNEL", value)
+
+
+# ---- the learned projection P -----------------------------------------------------------------------
+
+PROJECTION = ["MODEL.ERA.PROJECTION", "always"]
+
+
+def test_estimates_with_a_projection_by_hand():
+    """F_S = 3, P = 2 F_S + 1, one branch of 5 F_S: e_0 = 7, e_1 = 7 + 15; the branch reads F_S, not e_0."""
+    net = MBRNet(in_channels=1, out_channels=1, num_branches=1, num_blocks=1, norm="none")
+    torch.nn.init.constant_(net.branches[0][0].weight, 5.0)
+    estimator = FeatureEstimator(
+        levels=["p3"], in_channels=1, out_channels=1, mbrnet=net, always_project=True
+    )
+    features = {"p3": torch.full((1, 1, 1, 1), 3.0)}
+    assert [e["p3"].item() for e in estimator(features).cumulative()] == [3, 18]  # P starts as 1
+    torch.nn.init.constant_(estimator.adapter.weight, 2.0)
+    torch.nn.init.constant_(estimator.adapter.bias, 1.0)
+    assert [e["p3"].item() for e in estimator(features).cumulative()] == [7, 22]
+    assert estimator.final(features)["p3"].item() == 22
+
+
+def test_a_projection_changes_nothing_at_first_and_is_learned():
+    inputs = batch()
+    plain, _ = losses_of(tiny_model("era"), inputs)
+    model = tiny_model("era", *PROJECTION)
+    losses, _ = losses_of(model, inputs)
+    torch.testing.assert_close(losses, plain)
+    adapter = model.methods["era"].estimator.adapter
+    for name in ("loss_era_feature", "loss_era_twi_rpn", "loss_era_twi_roi"):
+        gradients = torch.autograd.grad(losses[name], [*adapter.parameters()], retain_graph=True)
+        assert all(g.abs().sum() > 0 for g in gradients), name
+    (untouched,) = torch.autograd.grad(
+        losses["loss_era_residual"], [adapter.weight], materialize_grads=True
+    )
+    assert untouched.abs().sum() == 0  # e_0 is a constant in a branch's target
+
+
+def test_a_projection_is_saved_only_where_it_is_used():
+    plain = tiny_model("era").state_dict().keys()
+    added = tiny_model("era", *PROJECTION).state_dict().keys() - plain
+    assert added == {f"methods.era.estimator.adapter.{name}" for name in ("weight", "bias")}
+    # where the channels differ there has always been one
+    other = {"teacher_opts": ["MODEL.FPN.OUT_CHANNELS", "24"]}
+    states = [tiny_model("era", *opts, **other).state_dict() for opts in ([], PROJECTION)]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_projection_without_a_loss_is_frozen():
+    off = [item for key in ("FEATURE_WEIGHT", "TWI.RPN_WEIGHT", "TWI.ROI_WEIGHT")
+           for item in (f"MODEL.ERA.{key}", "0.0")]  # fmt: skip
+    estimator = tiny_model("era", *PROJECTION, *off).methods["era"].estimator
+    assert not any(p.requires_grad for p in estimator.adapter.parameters())
+    assert all(p.requires_grad for p in estimator.mbrnet.parameters())  # the residual loss is on
+
+
+def test_inference_above_alpha_0_goes_through_the_projection():
+    model = tiny_model("era", *PROJECTION, "MODEL.ERA.ALPHA", "1.0").eval()
+    seen = []
+    deployed = model.deployable()
+    for adapter in (model.methods["era"].estimator.adapter, deployed.backbone.estimator.adapter):
+        torch.nn.init.constant_(adapter.bias, 0.5)
+        adapter.register_forward_hook(lambda _m, args, out: seen.append((out - args[0]).mean()))
+    inputs = batch()
+    found = model.inference(inputs, do_postprocess=False)
+    assert len(seen) == 4
+    other = deployed.inference(inputs, do_postprocess=False)
+    assert [value.item() for value in seen] == pytest.approx([0.5] * 8, rel=1e-4)
+    for a, b in zip(found, other, strict=True):
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)

@@ -50,6 +50,8 @@ MODELS = {
     "adapter, shared projection": (
         [], ["MODEL.FPN.OUT_CHANNELS", "12"],
         {"norm": "none", "hidden_channels": 4, "shared_up_projection": True}),
+    "a learned projection at equal width": (
+        [], [], {"norm": "none", "hidden_channels": 4, "always_project": True}),
     "another pooler": ([], ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "3"], {"norm": "none"}),
     "adaptive sampling": (
         ["MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", "0"], [], {"norm": "none", "hidden_channels": 4}),
@@ -84,14 +86,15 @@ def setting(case, objects, size=(64, 96)):
         for p in head.parameters():  # far from the tiny initial weights, so that every term counts
             p.normal_(std=0.2)
     channels = [m.backbone.output_shape()["p3"].channels for m in (student, teacher)]
-    mbrnet = MBRNet(
-        in_channels=channels[0], out_channels=channels[1], **{"num_branches": 2, **options}
-    )
+    options = {"num_branches": 2, **options}
+    always_project = options.pop("always_project", False)
+    mbrnet = MBRNet(in_channels=channels[0], out_channels=channels[1], **options)
     estimator = FeatureEstimator(
         levels=["p3", "p4", "p5", "p6"],
         in_channels=channels[0],
         out_channels=channels[1],
         mbrnet=mbrnet,
+        always_project=always_project,
     ).double()
     for p in estimator.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -239,13 +242,13 @@ def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
         ["MODEL.ERA.NORM", "GN", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"],
         ["MODEL.FPN.OUT_CHANNELS", "12", "MODEL.ERA.SHARED_UP_PROJECTION", "True"],
         ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
-        ["MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.HIDDEN_CHANNELS", "12"],
+        ["MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.HIDDEN_CHANNELS", "12", "MODEL.ERA.PROJECTION", "always"],
         ["MODEL.ERA.STANDARDIZE", "teacher", *SOFT, "sampled"],
         ["MODEL.ERA.STANDARDIZE", "teacher", "MODEL.ERA.NORM", "GN", *SOFT, "all"],
         [*SOFT, "sampled", "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0"],
     ],
     ids=[
-        "default", "norms, all proposals", "adapter", "no branches", "context", "standardised, soft",
+        "default", "norms, all proposals", "adapter", "no branches", "context, projection", "standardised, soft",
         "standardised, norms, soft at all anchors", "soft alone",
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
 RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE
+IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -23,6 +24,10 @@ def add_config(cfg: CfgNode) -> None:
     # FPN levels on which the student estimates the teacher's features. TWI needs every level that the
     # teacher's heads read.
     _C.MODEL.ERA.LEVELS = ["p2", "p3", "p4", "p5", "p6"]
+
+    # P in e_0 = P(F_S), a 1x1 conv: where student's and teacher's channels differ alone (unequal), else e_0 = F_S; or
+    # always, as the official code has it, then starting as the identity where they agree (there torch's own start).
+    _C.MODEL.ERA.PROJECTION = IF_UNEQUAL
 
     # MBRNet: N residual branches B_1..B_N, shared by the levels.
     _C.MODEL.ERA.NUM_BRANCHES = 4  # N; 0 = no MBRNet (feature mimic, with TWI on e_0 if asked for)
@@ -112,6 +117,7 @@ def check_config(cfg: CfgNode) -> None:
             "proposals, or 0 for all."
         )
     for key, value, known in (
+        ("PROJECTION", era.PROJECTION, (IF_UNEQUAL, ALWAYS)),
         ("STANDARDIZE", era.STANDARDIZE, (RAW, BY_TEACHER)),
         ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
         ("NORM", era.NORM, NORMS),

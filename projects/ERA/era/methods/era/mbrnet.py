@@ -202,6 +202,15 @@ class Estimates:
         return estimates
 
 
+def projection_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """ERA's ``P``, a 1x1 conv: the identity at first where the channels agree, else as torch starts it."""
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    if in_channels == out_channels:
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
 class FeatureEstimator(nn.Module):
     """Adapter ``A`` and MBRNet: from the student's FPN maps to estimates of the teacher's.
 
@@ -209,18 +218,24 @@ class FeatureEstimator(nn.Module):
         levels: names of the FPN levels that are estimated; others are ignored.
         in_channels, out_channels: channels of the student's and the teacher's maps. The adapter is the
             identity where they agree, else a 1x1 conv in torch's own initialisation (the official
-            code's choice for its projection).
+            code's choice for its projection P).
         mbrnet: maps one level's ``F_S`` to its residuals.
+        always_project: a 1x1 conv where they agree too, which starts as the identity (:func:`projection_conv`).
     """
 
-    def __init__(self, *, levels: list[str], in_channels: int, out_channels: int, mbrnet: MBRNet):
+    def __init__(
+        self,
+        *,
+        levels: list[str],
+        in_channels: int,
+        out_channels: int,
+        mbrnet: MBRNet,
+        always_project: bool = False,
+    ):
         super().__init__()
         self.levels = list(levels)
-        self.adapter = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, 1)
-        )
+        learned = always_project or in_channels != out_channels
+        self.adapter = projection_conv(in_channels, out_channels) if learned else nn.Identity()
         self.mbrnet = mbrnet
 
     def forward(self, features: Mapping[str, Tensor]) -> Estimates:

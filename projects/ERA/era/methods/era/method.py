@@ -207,7 +207,11 @@ class ERA(Method):
         )
         return {
             "estimator": FeatureEstimator(
-                levels=levels, in_channels=in_channels, out_channels=out_channels, mbrnet=mbrnet
+                levels=levels,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                mbrnet=mbrnet,
+                always_project=era.PROJECTION == config.ALWAYS,
             ),
             "teacher": teacher,
             "student": student,
