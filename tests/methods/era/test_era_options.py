@@ -8,7 +8,10 @@ from detectron2.utils.events import EventStorage
 from era.errors import UserError
 from era.methods.era import ERA
 from era.methods.era.fast.factored import ends_linear
+from era.methods.era.losses import emphasis, feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
+from era.modeling.detectors import Detector, detector_of
+from era.modeling.detectors.rcnn import RCNN
 from era.runs.series import chart_series
 
 # ---- what the branches remove -----------------------------------------------------------------------
@@ -157,3 +160,132 @@ def test_inference_above_alpha_0_goes_through_the_projection():
     assert [value.item() for value in seen] == pytest.approx([0.5] * 8, rel=1e-4)
     for a, b in zip(found, other, strict=True):
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor)
+
+
+# ---- positions weighted by the judge ----------------------------------------------------------------
+
+WEIGHTED = ["MODEL.ERA.POSITION_WEIGHT", "teacher"]
+
+
+def test_weighted_positions_by_hand():
+    """Two channels, two positions of w = 0.6 and 0.2, sigma 2: sum w |(e - F) / 2|^2 / (2 sum w) and its gradient."""
+    target = {"p3": torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])}
+    zeroth = {"p3": (target["p3"] + torch.tensor([[[[2.0, 4.0]], [[0.0, 6.0]]]])).requires_grad_()}
+    step = {"p3": torch.tensor([[[[-2.0, -2.0]], [[2.0, -2.0]]]], requires_grad=True)}
+    estimates = [zeroth, {"p3": zeroth["p3"] + step["p3"]}]
+    by_position = emphasis({"p3": torch.tensor([[[[0.6, 0.2]]]])})
+    sigma = {"p3": torch.tensor([2.0, 2.0])}
+    terms, measured = feature_terms(estimates, [step], target, [0.5], sigma, by_position)
+    first = (0.6 * (1 + 0) + 0.2 * (4 + 9)) / (2 * 0.8)
+    second = (0.6 * (0 + 1) + 0.2 * (1 + 4)) / (2 * 0.8)
+    assert terms["feature"].item() == pytest.approx(first)
+    assert terms["residual"].item() == pytest.approx(0.5 * second)
+    assert measured[0].tolist() == pytest.approx([first, second])
+    (gradient,) = torch.autograd.grad(terms["feature"], [zeroth["p3"]])
+    expected = torch.tensor([[0.6 * 2, 0.2 * 4], [0.0, 0.2 * 6]]) * 2 / (2 * 0.8) / 4
+    torch.testing.assert_close(gradient[0, :, 0], expected)
+    (gradient,) = torch.autograd.grad(terms["residual"], [step["p3"]])
+    expected = torch.tensor([[0.0, 0.2 * 2], [0.6 * 2, 0.2 * 4]]) * 2 / (2 * 0.8) / 4 * 0.5
+    torch.testing.assert_close(gradient[0, :, 0], expected)
+
+
+def maps(*shape):
+    return {"p3": torch.randn(shape), "p4": torch.randn(*shape[:2], 2, 1)}
+
+
+def test_uniform_weights_change_nothing_and_none_at_all_leaves_0():
+    estimates, target = [maps(2, 3, 4, 5) for _ in range(2)], maps(2, 3, 4, 5)
+    args = (estimates, [maps(2, 3, 4, 5)], target, [1.0])
+    expected = feature_terms(*args)
+    uniform = {level: torch.full_like(x[:, :1], 0.3) for level, x in target.items()}
+    torch.testing.assert_close(feature_terms(*args, None, emphasis(uniform)), expected)
+    terms, _ = feature_terms(*args, None, emphasis({k: w * 0 for k, w in uniform.items()}))
+    assert terms == {"feature": 0, "residual": 0}
+
+
+def test_levels_count_alike_however_little_is_seen_on_them():
+    estimates, target = [maps(1, 2, 4, 4)], maps(1, 2, 4, 4)
+    weights = {"p3": torch.rand(1, 1, 4, 4), "p4": torch.rand(1, 1, 2, 1)}
+    found, _ = feature_terms(estimates, [], target, [], None, emphasis(weights))
+    weights["p4"] *= 1e-6
+    again, _ = feature_terms(estimates, [], target, [], None, emphasis(weights))
+    torch.testing.assert_close(again, found)
+
+
+def test_foreground_is_the_highest_objectness_over_a_positions_anchors():
+    student = tiny_model("plain")
+    detector = detector_of(student)
+    torch.nn.init.normal_(student.proposal_generator.rpn_head.objectness_logits.weight, std=0.5)
+    features = student.backbone(student.preprocess_image(batch()).tensor)
+    assert detector.foreground_levels == {"p3", "p4", "p5", "p6"}
+    logits, _ = student.proposal_generator.rpn_head([features["p5"], features["p3"]])
+    found = detector.foreground({level: features[level] for level in ("p5", "p3")})
+    assert list(found) == ["p5", "p3"]
+    for level, expected in zip(found, logits, strict=True):
+        assert not found[level].requires_grad and found[level].shape[1] == 1
+        torch.testing.assert_close(found[level][:, 0], expected.sigmoid().max(1).values)
+    with pytest.raises(NotImplementedError, match="RCNN does not say what is foreground"):
+        Detector.foreground(detector, features)
+    assert Detector.foreground_levels.fget(detector) == set()
+
+
+@pytest.mark.parametrize("fast", ["True", "False"])
+def test_a_weighted_step_by_definition(fast):
+    model = tiny_model("era", *WEIGHTED, "MODEL.ERA.FEATURE_WEIGHT", "5.0", "MODEL.ERA.FAST", fast)
+    head = model.teacher.model.proposal_generator.rpn_head
+    torch.nn.init.normal_(head.objectness_logits.weight, std=0.5)  # weights that differ
+    inputs = batch()
+    losses, storage = losses_of(model, inputs)
+    with torch.no_grad():
+        images = model.student.preprocess_image(inputs).tensor
+        features = model.student.backbone(images)
+        target = model.teacher.features(inputs, features, images.shape[-2:])
+        found = []
+        for e in model.methods["era"].estimator(features).cumulative():
+            by_level = []
+            for level, goal in target.items():
+                w = head([goal])[0][0].sigmoid().max(1, keepdim=True).values
+                square = (e[level] - goal).square()
+                by_level.append((w * square).sum() / (goal.shape[1] * w.sum()))
+            found.append(torch.stack(by_level))
+    torch.testing.assert_close(losses["loss_era_feature"], 5 * found[0].mean())
+    residual = sum(s * x.mean() for s, x in zip((1, 0.5, 0.25, 0.125), found[1:], strict=True))
+    torch.testing.assert_close(losses["loss_era_residual"], residual / 4)
+    logged = storage.latest()["era/p4/residual_e2"][0]
+    assert logged == pytest.approx(found[2][1].item(), rel=1e-4)
+
+
+def test_weighted_positions_touch_no_other_loss_no_weight_and_no_teacher():
+    plain, model = tiny_model("era"), tiny_model("era", *WEIGHTED)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.nn.init.normal_(
+        model.teacher.model.proposal_generator.rpn_head.objectness_logits.weight, std=0.01
+    )
+    plain.teacher.model.load_state_dict(model.teacher.model.state_dict())
+    expected, _ = losses_of(plain, batch())
+    losses, _ = losses_of(model, batch())
+    assert losses.keys() == expected.keys()
+    for key in losses.keys() - {"loss_era_feature", "loss_era_residual"}:
+        assert torch.equal(losses[key], expected[key]), key
+    assert losses["loss_era_feature"] != expected["loss_era_feature"]
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("objects", [(2, 0), (0, 0)], ids=["half", "empty"])
+def test_weighted_positions_need_no_object(objects):
+    losses, _ = losses_of(tiny_model("era", *WEIGHTED), batch(objects))
+    assert all(torch.isfinite(x) for x in losses.values()) and losses["loss_era_residual"] > 0
+
+
+def test_levels_that_the_judge_does_not_see_are_refused(monkeypatch):
+    monkeypatch.setattr(RCNN, "foreground_levels", {"p3", "p4"})
+    with pytest.raises(UserError, match=r"POSITION_WEIGHT is 'teacher' .* at \['p5', 'p6'\]"):
+        tiny_model("era", *WEIGHTED)
+    tiny_model("era")
+
+
+@pytest.mark.parametrize("key", ["POSITION_WEIGHT", "PROJECTION"])
+def test_other_values_are_one_sentence(key):
+    with pytest.raises(UserError, match=rf"MODEL\.ERA\.{key} is 'some': expected one of"):
+        tiny_model("era", f"MODEL.ERA.{key}", "some")

@@ -18,7 +18,7 @@ from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.patches import gather_patches
 from era.methods.era.fast.residual import estimate_distances
 from era.methods.era.fast.rpn import knows_rpn_head
-from era.methods.era.losses import residual_mse, standardised
+from era.methods.era.losses import emphasis, emphasised, residual_mse, standardised
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.twi import SoftJudges, soft_twi_loss, twi_loss
 from era.modeling.detectors import detector_of
@@ -243,12 +243,14 @@ def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
         ["MODEL.FPN.OUT_CHANNELS", "12", "MODEL.ERA.SHARED_UP_PROJECTION", "True"],
         ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
         ["MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.HIDDEN_CHANNELS", "12", "MODEL.ERA.PROJECTION", "always"],
+        ["MODEL.ERA.POSITION_WEIGHT", "teacher", "MODEL.ERA.STANDARDIZE", "teacher"],
         ["MODEL.ERA.STANDARDIZE", "teacher", *SOFT, "sampled"],
         ["MODEL.ERA.STANDARDIZE", "teacher", "MODEL.ERA.NORM", "GN", *SOFT, "all"],
         [*SOFT, "sampled", "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0"],
     ],
     ids=[
-        "default", "norms, all proposals", "adapter", "no branches", "context, projection", "standardised, soft",
+        "default", "norms, all proposals", "adapter", "no branches", "context, projection", "positions weighted",
+        "standardised, soft",
         "standardised, norms, soft at all anchors", "soft alone",
     ],
 )  # fmt: skip
@@ -298,10 +300,11 @@ def test_factors_multiply_out_to_the_residuals(case):
             torch.testing.assert_close(a[level], b[level], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("is_standardised", [False, True])
 @pytest.mark.parametrize("projected", [True, False])
-def test_distances_and_their_gradients(projected, is_standardised):
-    """Without the wide maps the same as mse and residual_mse on them, standardised or not."""
+def test_distances_and_their_gradients(projected, is_standardised, is_weighted):
+    """Without the wide maps the same as mse and residual_mse on them, standardised and weighted or not."""
 
     def rand(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -312,8 +315,13 @@ def test_distances_and_their_gradients(projected, is_standardised):
     weights = torch.tensor([5.0, 1.0, 0.5, 0.25], dtype=torch.float64)
     sigma = torch.rand(6, dtype=torch.float64) + 0.1 if is_standardised else None
 
+    by_position = None
+    if is_weighted:
+        by_position = emphasis({"p3": torch.rand(2, 1, 4, 5, dtype=torch.float64)})
+
     def scaled(x):
-        return standardised({"p3": x}, {"p3": sigma} if is_standardised else None)["p3"]
+        x = standardised({"p3": x}, {"p3": sigma} if is_standardised else None)
+        return emphasised(x, by_position)["p3"]
 
     goal = scaled(target.detach())
     estimates, expected = [zeroth], [mse(scaled(zeroth), goal)]
@@ -324,7 +332,8 @@ def test_distances_and_their_gradients(projected, is_standardised):
         expected.append(residual_mse(scaled(d), scaled(estimates[-1]), goal))
         estimates.append(estimates[-1] + d)
     expected = torch.stack(expected)
-    found = estimate_distances(zeroth, target, factors, projection, 3, sigma)
+    root = by_position["p3"] if is_weighted else None
+    found = estimate_distances(zeroth, target, factors, projection, 3, sigma, root)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
     leaves = [zeroth, factors, *([projection] if projected else [])]

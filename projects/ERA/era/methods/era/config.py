@@ -14,6 +14,7 @@ from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
 RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE
+EVEN, BY_JUDGE = "none", "teacher"  # MODEL.ERA.POSITION_WEIGHT
 IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
 
 
@@ -55,6 +56,9 @@ def add_config(cfg: CfgNode) -> None:
     # Divide e_i, d_i and F_T in the feature and residual losses by 1 (none) or by sigma_T, the teacher's own
     # standard deviation by channel and level, running over training (teacher).
     _C.MODEL.ERA.STANDARDIZE = RAW
+    # w(x) in the feature and residual losses, sum_x w |e_i - F_T|^2 / (C sum_x w): 1 (none), or the teacher's highest
+    # objectness probability over a position's anchors (teacher). Not in the official code (Ultralytics 2026).
+    _C.MODEL.ERA.POSITION_WEIGHT = EVEN
 
     # Teacher Weight Integration: the teacher's heads, frozen, judge e_0 (weight 1) and every e_i (weight
     # s_i / N) against the ground truth.
@@ -119,6 +123,7 @@ def check_config(cfg: CfgNode) -> None:
     for key, value, known in (
         ("PROJECTION", era.PROJECTION, (IF_UNEQUAL, ALWAYS)),
         ("STANDARDIZE", era.STANDARDIZE, (RAW, BY_TEACHER)),
+        ("POSITION_WEIGHT", era.POSITION_WEIGHT, (EVEN, BY_JUDGE)),
         ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
         ("NORM", era.NORM, NORMS),
     ):

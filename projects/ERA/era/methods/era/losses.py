@@ -34,6 +34,26 @@ def standardised(maps: Maps, deviation: Maps | None) -> Maps:
     }
 
 
+def emphasis(weights: Maps) -> Maps:
+    """``sqrt(w / mean w)``: maps times this have the mean square ``sum_x w(x) |.(x)|^2 / (C sum_x w(x))``, the sums over
+    the positions of a level in the whole batch. Uniform weights give 1, the plain mean; weights that are all 0 give 0.
+
+    Args:
+        weights: ``w``, level name to (B, 1, H, W), at least 0, constants.
+    """
+    return {
+        level: (w / w.mean().clamp(min=torch.finfo(w.dtype).tiny)).sqrt()
+        for level, w in weights.items()
+    }
+
+
+def emphasised(maps: Maps, by_position: Maps | None) -> Maps:
+    """``maps`` times :func:`emphasis`; None leaves them as they are."""
+    if by_position is None:
+        return maps
+    return {level: at_least_float32(maps[level]) * root for level, root in by_position.items()}
+
+
 def feature_loss(zeroth: Maps, target: Maps) -> Tensor:
     """``MSE(e_0, sg F_T)``."""
     return level_mean([mse(e, target[level].detach()) for level, e in zeroth.items()])
@@ -84,6 +104,7 @@ def feature_terms(
     target: Maps,
     scales: Sequence[float],
     deviation: Maps | None = None,
+    by_position: Maps | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Feature and residual losses by term, the latter only if there are branches, and the distances.
 
@@ -93,9 +114,14 @@ def feature_terms(
         target: ``F_T``.
         scales: ``s_1..s_N``.
         deviation: ``sigma_T``; the distances are then standardised too. None for 1.
+        by_position: :func:`emphasis`; the distances are then weighted too. None for 1.
     """
-    estimates, residuals = ([standardised(m, deviation) for m in x] for x in (estimates, residuals))
-    target = standardised(target, deviation)
+
+    def compared(maps: Maps) -> Maps:
+        return emphasised(standardised(maps, deviation), by_position)
+
+    estimates, residuals = ([compared(maps) for maps in x] for x in (estimates, residuals))
+    target = compared(target)
     terms = {"feature": feature_loss(estimates[0], target)}
     if scales:
         terms["residual"] = residual_loss(residuals, estimates, target, scales)

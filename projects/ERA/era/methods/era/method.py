@@ -21,7 +21,7 @@ from era.methods.base import Chart, Method, Needs, check_levels
 from era.methods.era import benchmark, config
 from era.methods.era.fast import ALL_ON, FastTerms, Levers
 from era.methods.era.inference import EstimatingBackbone
-from era.methods.era.losses import feature_terms
+from era.methods.era.losses import emphasis, feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.standardise import TeacherDeviation
 from era.methods.era.twi import SoftJudges, judge_weights, judgements
@@ -55,6 +55,8 @@ class ERA(Method):
         compile_estimator: run the estimator in training through ``torch.compile``.
         levers: what of the fast path is switched on.
         deviation: gives ``sigma_T``, by which feature and residual losses divide; None for 1.
+        weights_positions: weight positions in feature and residual losses by the teacher's
+            :meth:`~era.modeling.detectors.Detector.foreground`.
         soft_positions: where the soft judgements of dense heads look, ``all`` or ``sampled``.
     """
 
@@ -110,6 +112,7 @@ class ERA(Method):
         compile_estimator: bool = False,
         levers: Levers = ALL_ON,
         deviation: TeacherDeviation | None = None,
+        weights_positions: bool = False,
         soft_positions: str = ALL_POSITIONS,
     ):
         super().__init__()
@@ -120,6 +123,7 @@ class ERA(Method):
         self.alpha = alpha
         self.samples_per_image = samples_per_image
         self.deviation = deviation
+        self.weights_positions = weights_positions
         # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
         self.judged_parts, softly = (
@@ -178,6 +182,13 @@ class ERA(Method):
                     f"{type(judge).__name__}, whose heads have no soft judge {part!r} (only {list(judge.soft_parts)}): "
                     "set it to 0, or name another teacher."
                 )
+        unseen = sorted(set(levels) - judge.foreground_levels)
+        if era.POSITION_WEIGHT == config.BY_JUDGE and unseen:
+            raise UserError(
+                f"MODEL.ERA.POSITION_WEIGHT is {era.POSITION_WEIGHT!r} and MODEL.ERA.LEVELS {levels}, but the teacher, a "
+                f"{type(judge).__name__}, does not say what is foreground at {unseen}: set it to 'none', or leave "
+                "these levels out."
+            )
         judged = any(w > 0 for name, w in weights.items() if name.startswith(("twi_", "soft_")))
         if judged or era.ALPHA > 0:
             judge.check_judge(
@@ -225,6 +236,7 @@ class ERA(Method):
             "deviation": TeacherDeviation(levels, out_channels)
             if era.STANDARDIZE == config.BY_TEACHER
             else None,
+            "weights_positions": era.POSITION_WEIGHT == config.BY_JUDGE,
             "soft_positions": era.TWI.SOFT_POSITIONS,
         }
 
@@ -253,13 +265,14 @@ class ERA(Method):
         ``1 - |F_T - e_N|^2 / |F_T - e_0|^2``, if there are branches.
 
         With ``MODEL.ERA.STANDARDIZE`` "teacher" F_T, e_i and d_i are divided by sigma_T in the first two terms and in
-        what is logged, see :class:`TeacherDeviation`.
+        what is logged, see :class:`TeacherDeviation`; with ``MODEL.ERA.POSITION_WEIGHT`` "teacher" their means over
+        positions are weighted, see :func:`emphasis`.
         """
         terms = {}
         if self._judges or self.weights["feature"] > 0 or self.weights["residual"] > 0:
             deviation = None if self.deviation is None else self.deviation(step.teacher_features)
             compute = self._terms if self.fast_terms is None else self.fast_terms
-            terms, measured = compute(step, self.scales, deviation)
+            terms, measured = compute(step, self.scales, deviation, self._by_position(step))
             self._log(measured)
         if self.weights["kd"] > 0:
             terms["kd"] = self._kd_term(step)
@@ -269,15 +282,28 @@ class ERA(Method):
             if self.weights[name] > 0
         }
 
+    def _by_position(self, step: Step) -> dict[str, Tensor] | None:
+        """What the teacher makes of each position, as :func:`emphasis`; None if positions count alike."""
+        if not self.weights_positions:
+            return None
+        target = {level: step.teacher_features[level] for level in self.estimator.levels}
+        return emphasis(self.teacher.detector.foreground(target))
+
     def _terms(
-        self, step: Step, scales: Sequence[float], deviation: dict[str, Tensor] | None
+        self,
+        step: Step,
+        scales: Sequence[float],
+        deviation: dict[str, Tensor] | None,
+        by_position: dict[str, Tensor] | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The feature, residual and both TWI losses as they are defined, without their weights, and the distances
         of all estimates, (levels, N + 1); the reference of :class:`FastTerms`."""
         target = step.teacher_features
         estimates = self._estimate[0](step.student.features)  # e_0 and d_1..d_N
         cumulative = estimates.cumulative()  # e_0..e_N
-        terms, measured = feature_terms(cumulative, estimates.residuals, target, scales, deviation)
+        terms, measured = feature_terms(
+            cumulative, estimates.residuals, target, scales, deviation, by_position
+        )
         for part in self.teacher.detector.parts:
             found = judgements(
                 self.teacher.detector,

@@ -204,6 +204,22 @@ class Detector(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not judge by its own outputs")
 
+    @property
+    def foreground_levels(self) -> set[str]:
+        """Names of the levels at which :meth:`foreground` says something; none if the family does not."""
+        return set()
+
+    def foreground(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How likely the dense head of this detector holds that there is an object at a position.
+
+        Args:
+            features: this detector's own maps, level name to (B, C, H, W), at some of ``foreground_levels``.
+
+        Returns:
+            At each of them (B, 1, H, W), from 0 to 1, float32, without gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what is foreground")
+
     # ---- the teacher's heads in the student ------------------------------------------------------
 
     @abstractmethod

@@ -257,6 +257,19 @@ class RCNN(Detector):
             return soft_anchor_losses(logits[None], deltas[None], targets)[0]
         return soft_roi_loss(self, features, targets, recording, samples_per_image, temperature)
 
+    @property
+    def foreground_levels(self) -> set[str]:
+        """Of the RPN."""
+        rpn = self.model.proposal_generator
+        return set(rpn.in_features) if isinstance(rpn, RPN) else set()
+
+    @torch.no_grad()
+    def foreground(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The RPN's highest objectness probability over the anchors of a position."""
+        logits, _ = self.model.proposal_generator.rpn_head(list(features.values()))
+        highest = [at_least_float32(x).sigmoid().amax(1, keepdim=True) for x in logits]
+        return dict(zip(features, highest, strict=True))
+
     def coder_settings(self) -> dict[str, tuple]:
         """Box coders of the RPN and of the box head."""
         rpn, predictor = self.model.proposal_generator, self.model.roi_heads.box_predictor

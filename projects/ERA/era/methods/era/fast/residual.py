@@ -21,9 +21,10 @@ def estimate_distances(
     projection: Tensor | None,
     count: int,
     deviation: Tensor | None = None,
+    by_position: Tensor | None = None,
 ) -> Tensor:
-    """``MSE(e_i, F_T)``, or ``MSE(e_i / sigma_T, F_T / sigma_T)``, for i = 0..N at one level, each with gradient into
-    its newest part alone.
+    """``MSE(e_i, F_T)``, or ``MSE(e_i / sigma_T, F_T / sigma_T)``, or weighted by position, for i = 0..N at one level,
+    each with gradient into its newest part alone.
 
     Value 0 sends gradient into ``zeroth``; value i > 0 into ``g_i`` and ``P_i``: exactly the gradients of
     ``MSE(e_0, sg F_T)`` and of ``MSE(d_i, sg(F_T - e_{i-1}))``.
@@ -35,6 +36,8 @@ def estimate_distances(
         projection: ``P_1..P_N`` side by side, (C, N * h), with ``d_i = P_i g_i``; None for ``d_i = g_i``.
         count: N.
         deviation: ``sigma_T``, (C,), a constant: rows of ``r_0`` and of ``P`` are divided by it. None for 1.
+        by_position: :func:`~era.methods.era.losses.emphasis`, (B, 1, H, W), a constant: columns of ``r_0`` and of
+            ``G`` are multiplied by it. None for 1.
 
     Returns:
         (N + 1,), float32 or wider.
@@ -52,17 +55,21 @@ def estimate_distances(
         projection = projection / deviation[:, None]
     elif deviation is not None:
         factors = factors / deviation.repeat(count)[:, None, None]
-    return _Distances.apply(zeroth, target, factors, projection, count, deviation)
+    if by_position is not None and factors is not None:
+        factors = factors * by_position
+    return _Distances.apply(zeroth, target, factors, projection, count, deviation, by_position)
 
 
 class _Distances(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zeroth, target, factors, projection, count, deviation):
+    def forward(ctx, zeroth, target, factors, projection, count, deviation, by_position):
         ctx.count, size = count, max(zeroth.numel(), 1)
         with torch.autocast(zeroth.device.type, enabled=False):
             remaining = at_least_float32(zeroth) - at_least_float32(target)  # r_0
             if deviation is not None:
                 remaining /= deviation[:, None, None]
+            if by_position is not None:
+                remaining *= by_position
             first = _square_sum(remaining)
             squares, to_projection = first[None], None
             if count > 0 and projection is None:
@@ -78,16 +85,19 @@ class _Distances(torch.autograd.Function):
                 )
                 squares = torch.cat([squares, (first + changes).clamp(min=0)])
         # Gradients are scaled in float32, factor 2 / numel included, which float16 could not hold alone.
-        ctx.save_for_backward(remaining, factors, projection, to_projection, deviation)
+        ctx.save_for_backward(remaining, factors, projection, to_projection, deviation, by_position)
         ctx.zeroth_dtype = zeroth.dtype
         return squares / size
 
     @staticmethod
     def backward(ctx, upstream):
-        remaining, factors, projection, to_projection, deviation = ctx.saved_tensors
+        remaining, factors, projection, to_projection, deviation, by_position = ctx.saved_tensors
         scales = upstream * (2.0 / max(remaining.numel(), 1))
         by_row = scales[0] if deviation is None else (scales[0] / deviation)[:, None, None]
-        to_zeroth = (remaining * by_row).to(ctx.zeroth_dtype)
+        to_zeroth = remaining * by_row
+        if by_position is not None:
+            to_zeroth *= by_position
+        to_zeroth = to_zeroth.to(ctx.zeroth_dtype)
         to_factors = None
         with torch.autocast(remaining.device.type, enabled=False):
             if factors is not None and projection is None:
@@ -105,7 +115,7 @@ class _Distances(torch.autograd.Function):
                 to_projection = (to_projection * by_column).to(projection.dtype)
         if to_factors is not None:
             to_factors = to_factors.to(factors.dtype)
-        return to_zeroth, None, to_factors, to_projection, None, None
+        return to_zeroth, None, to_factors, to_projection, None, None, None
 
 
 def _changes(remaining: Tensor, g: Tensor, p: Tensor, count: int) -> tuple[Tensor, Tensor]:

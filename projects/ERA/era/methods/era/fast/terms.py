@@ -63,16 +63,22 @@ class FastTerms:
             logger.info("TWI: %s", self.heads.describe())
 
     def __call__(
-        self, step: Step, scales: Sequence[float], deviation: dict[str, Tensor] | None = None
+        self,
+        step: Step,
+        scales: Sequence[float],
+        deviation: dict[str, Tensor] | None = None,
+        by_position: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses by term without their weights, and the distances of all estimates, (levels, N + 1).
 
         Args:
             deviation: ``sigma_T`` by level, where the target is standardised.
+            by_position: :func:`~era.methods.era.losses.emphasis` by level, where positions are weighted.
         """
         fused = self.levers.fused_branches
         estimates = self._factor(self.estimator, step.student.features, fused=fused)
-        terms, measured = self._feature_terms(estimates, step.teacher_features, scales, deviation)
+        target = step.teacher_features
+        terms, measured = self._feature_terms(estimates, target, scales, deviation, by_position)
         for part in self.judge.parts:
             found = self._judgements(part, estimates, judge_weights(scales), step)
             terms |= {f"{kind}_{part}": loss for kind, loss in found.items()}
@@ -84,11 +90,14 @@ class FastTerms:
         target: dict[str, Tensor],
         scales: Sequence[float],
         deviation: dict[str, Tensor] | None,
+        by_position: dict[str, Tensor] | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Feature and residual losses, and the distances."""
         if not self.levers.narrow_residual:
             dense = estimates.dense()
-            return feature_terms(dense.cumulative(), dense.residuals, target, scales, deviation)
+            return feature_terms(
+                dense.cumulative(), dense.residuals, target, scales, deviation, by_position
+            )
         measured = torch.stack(
             [
                 estimate_distances(
@@ -98,6 +107,7 @@ class FastTerms:
                     estimates.projection,
                     estimates.num_branches,
                     None if deviation is None else deviation[level],
+                    None if by_position is None else by_position[level],
                 )
                 for level, zeroth in estimates.zeroth.items()
             ]
