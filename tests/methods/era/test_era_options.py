@@ -285,7 +285,38 @@ def test_levels_that_the_judge_does_not_see_are_refused(monkeypatch):
     tiny_model("era")
 
 
-@pytest.mark.parametrize("key", ["POSITION_WEIGHT", "PROJECTION"])
+# ---- which estimates are judged ---------------------------------------------------------------------
+
+ENDS = ["MODEL.ERA.TWI.ESTIMATES", "ends"]
+
+
+@pytest.mark.parametrize("fast", ["True", "False"])
+def test_the_ends_have_the_weights_of_all(fast):
+    """Where the branches add nothing every e_i is e_0, so that it does not matter which are judged; and each
+    judgement of the ends is one of e_0 with weight 1 and one of e_N with weight (1 + 1/2 + 1/4 + 1/8) / 4."""
+    start = ["MODEL.ERA.ZERO_START", "True", "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"]
+    of_all, of_ends, of_zeroth = (
+        losses_of(tiny_model("era", *start, *opts, "MODEL.ERA.FAST", fast), batch())[0]
+        for opts in ([], ENDS, ["MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"])
+    )
+    for part in ("rpn", "roi"):
+        name = f"loss_era_twi_{part}"
+        torch.testing.assert_close(of_ends[name], of_all[name], rtol=1e-4, atol=1e-6)
+        expected = (1 + 1.875 / 4) * of_zeroth[name]
+        torch.testing.assert_close(of_ends[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ends_reach_every_branch():
+    """The judges' gradient comes to B_1..B_N through e_N, as each d_i is part of it."""
+    off = ["MODEL.ERA.FEATURE_WEIGHT", "0.0", "MODEL.ERA.RESIDUAL_WEIGHT", "0.0"]
+    model = tiny_model("era", *ENDS, *off)
+    losses, _ = losses_of(model, batch())
+    sum(loss for name, loss in losses.items() if "twi" in name).backward()
+    last = [branch[-1].weight.grad for branch in model.methods["era"].estimator.mbrnet.branches]
+    assert len(last) == 4 and all(grad.abs().max() > 0 for grad in last)
+
+
+@pytest.mark.parametrize("key", ["POSITION_WEIGHT", "PROJECTION", "TWI.ESTIMATES"])
 def test_other_values_are_one_sentence(key):
     with pytest.raises(UserError, match=rf"MODEL\.ERA\.{key} is 'some': expected one of"):
         tiny_model("era", f"MODEL.ERA.{key}", "some")

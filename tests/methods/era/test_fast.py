@@ -30,6 +30,7 @@ SOFT = [
     "MODEL.ERA.TWI.SOFT_RPN_WEIGHT", "1.0", "MODEL.ERA.TWI.SOFT_ROI_WEIGHT", "0.5",
     "MODEL.ERA.TWI.SOFT_POSITIONS",
 ]  # fmt: skip
+ENDS = ["MODEL.ERA.TWI.ESTIMATES", "ends"]
 
 # name: (options of the student and of the teacher alike, of the student alone, of MBRNet)
 MODELS = {
@@ -247,11 +248,16 @@ def test_a_part_without_its_lever_is_left_to_the_definition(lever, part):
         ["MODEL.ERA.STANDARDIZE", "teacher", *SOFT, "sampled"],
         ["MODEL.ERA.STANDARDIZE", "teacher", "MODEL.ERA.NORM", "GN", *SOFT, "all"],
         [*SOFT, "sampled", "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0"],
+        [*SOFT, "sampled", *ENDS],
+        [*ENDS, "MODEL.ERA.NORM", "GN"],
+        [*ENDS, "MODEL.ERA.NUM_BRANCHES", "0", "MODEL.ERA.SCALES", "[]"],
+        [*ENDS, "MODEL.ERA.NUM_BRANCHES", "1", "MODEL.ERA.SCALES", "[0.5]"],
     ],
     ids=[
         "default", "norms, all proposals", "adapter", "no branches", "context, projection", "positions weighted",
         "standardised, soft",
         "standardised, norms, soft at all anchors", "soft alone",
+        "ends, soft", "ends, norms", "ends, no branches", "ends, one branch",
     ],
 )  # fmt: skip
 def test_the_method_computes_the_same_fast_and_as_defined(opts):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from detectron2.config import CfgNode
 
 from era.methods.base import Method
-from era.methods.era.config import BY_TEACHER, RAW
+from era.methods.era.config import ALL_ESTIMATES, BY_TEACHER, ENDS, RAW
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
@@ -79,6 +79,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
     found["with soft judges alone"] = with_keys(*NO_HARD, *SOFT, SAMPLED_POSITIONS)
     if era.TWI.SOFT_RPN_WEIGHT > 0 or era.TWI.SOFT_ROI_WEIGHT > 0:
         found["without soft judges"] = with_keys(*NO_SOFT)
+    if era.NUM_BRANCHES > 1 and era.TWI.ESTIMATES == ALL_ESTIMATES:
+        found["e_0 and e_N judged alone"] = with_keys("TWI.ESTIMATES", ENDS)
     if era.STANDARDIZE == RAW:
         found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
     else:

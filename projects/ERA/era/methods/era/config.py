@@ -16,6 +16,7 @@ NORMS = ("none", "BN", "SyncBN", "GN")
 RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE
 EVEN, BY_JUDGE = "none", "teacher"  # MODEL.ERA.POSITION_WEIGHT
 IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
+ALL_ESTIMATES, ENDS = "all", "ends"  # MODEL.ERA.TWI.ESTIMATES
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -69,6 +70,9 @@ def add_config(cfg: CfgNode) -> None:
     # outputs on the teacher's maps F_T. They need no label.
     _C.MODEL.ERA.TWI.SOFT_RPN_WEIGHT = 0.0  # weight of objectness and anchor deltas
     _C.MODEL.ERA.TWI.SOFT_ROI_WEIGHT = 0.0  # weight of ROI classes and boxes
+    # Which estimates the heads judge, hard and soft: all, e_0..e_N with the weights above; or the ends, e_0 and e_N,
+    # the latter with all of sum_i s_i / N, at the cost of two estimates whatever N.
+    _C.MODEL.ERA.TWI.ESTIMATES = ALL_ESTIMATES
     # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
     _C.MODEL.ERA.TWI.SOFT_POSITIONS = ALL_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
@@ -124,6 +128,7 @@ def check_config(cfg: CfgNode) -> None:
         ("PROJECTION", era.PROJECTION, (IF_UNEQUAL, ALWAYS)),
         ("STANDARDIZE", era.STANDARDIZE, (RAW, BY_TEACHER)),
         ("POSITION_WEIGHT", era.POSITION_WEIGHT, (EVEN, BY_JUDGE)),
+        ("TWI.ESTIMATES", era.TWI.ESTIMATES, (ALL_ESTIMATES, ENDS)),
         ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
         ("NORM", era.NORM, NORMS),
     ):

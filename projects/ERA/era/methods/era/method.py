@@ -24,7 +24,7 @@ from era.methods.era.inference import EstimatingBackbone
 from era.methods.era.losses import emphasis, feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.standardise import TeacherDeviation
-from era.methods.era.twi import SoftJudges, judge_weights, judgements
+from era.methods.era.twi import SoftJudges, ends, judge_weights, judgements
 from era.modeling.detectors import Detector
 from era.modeling.detectors.recording import ALL_POSITIONS
 from era.modeling.step import Step
@@ -57,6 +57,7 @@ class ERA(Method):
         deviation: gives ``sigma_T``, by which feature and residual losses divide; None for 1.
         weights_positions: weight positions in feature and residual losses by the teacher's
             :meth:`~era.modeling.detectors.Detector.foreground`.
+        judges_ends: judge ``e_0`` and ``e_N`` alone instead of every estimate.
         soft_positions: where the soft judgements of dense heads look, ``all`` or ``sampled``.
     """
 
@@ -113,6 +114,7 @@ class ERA(Method):
         levers: Levers = ALL_ON,
         deviation: TeacherDeviation | None = None,
         weights_positions: bool = False,
+        judges_ends: bool = False,
         soft_positions: str = ALL_POSITIONS,
     ):
         super().__init__()
@@ -124,6 +126,7 @@ class ERA(Method):
         self.samples_per_image = samples_per_image
         self.deviation = deviation
         self.weights_positions = weights_positions
+        self.judges_ends = judges_ends
         # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
         self.judged_parts, softly = (
@@ -143,6 +146,7 @@ class ERA(Method):
                 compiled=compile_estimator,
                 levers=levers,
                 soft=self.soft,
+                judges_ends=judges_ends,
             )
         compiled = torch.compile(estimator, dynamic=True) if compile_estimator else estimator
         self._estimate = (compiled,)
@@ -237,6 +241,7 @@ class ERA(Method):
             if era.STANDARDIZE == config.BY_TEACHER
             else None,
             "weights_positions": era.POSITION_WEIGHT == config.BY_JUDGE,
+            "judges_ends": era.TWI.ESTIMATES == config.ENDS,
             "soft_positions": era.TWI.SOFT_POSITIONS,
         }
 
@@ -257,7 +262,8 @@ class ERA(Method):
         - ``loss_era_residual`` = (w_r / N) * sum_i s_i * MSE(d_i, sg(F_T - e_{i-1}));
         - ``loss_era_twi_rpn``, ``loss_era_twi_roi``: the teacher's heads on e_0 (weight 1) and on every
           e_i (weight s_i / N), against the ground truth;
-        - ``loss_era_soft_rpn``, ``loss_era_soft_roi``: the same against their own outputs on F_T;
+        - ``loss_era_soft_rpn``, ``loss_era_soft_roi``: the same against their own outputs on F_T; with
+          ``MODEL.ERA.TWI.ESTIMATES`` "ends" both judge e_0 (weight 1) and e_N (weight sum_i s_i / N) alone;
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
 
         Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
@@ -304,12 +310,15 @@ class ERA(Method):
         terms, measured = feature_terms(
             cumulative, estimates.residuals, target, scales, deviation, by_position
         )
+        judged, judged_weights = cumulative, judge_weights(scales)
+        if self.judges_ends and scales:
+            judged, judged_weights = [cumulative[0], cumulative[-1]], ends(judged_weights)
         for part in self.teacher.detector.parts:
             found = judgements(
                 self.teacher.detector,
                 part,
-                cumulative,
-                judge_weights(scales),
+                judged,
+                judged_weights,
                 target,
                 step.student,
                 samples_per_image=self.samples_per_image,

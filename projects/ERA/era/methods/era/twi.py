@@ -41,6 +41,11 @@ def judge_weights(scales: Sequence[float]) -> list[float]:
     return [1.0] + [scale / len(scales) for scale in scales]
 
 
+def ends(weights: Sequence[float]) -> list[float]:
+    """Weights of the judgements of ``e_0`` and ``e_N`` alone: what the estimates between would weigh goes to ``e_N``."""
+    return [weights[0], sum(weights[1:])] if len(weights) > 1 else list(weights)
+
+
 def twi_loss(
     judge: Detector,
     part: str,

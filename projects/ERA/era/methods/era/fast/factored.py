@@ -51,6 +51,18 @@ class FactoredEstimates:
         return Estimates(self.zeroth, residuals)
 
 
+def of_ends(estimates: FactoredEstimates) -> FactoredEstimates:
+    """``e_0`` and ``e_N`` alone, as if one branch led from the one to the other: ``sum_j P_j g_j`` is one product."""
+    if estimates.num_branches < 2:
+        return estimates
+    factors, count, projection = estimates.factors, estimates.num_branches, estimates.projection
+    if projection is None:
+        total = {level: g.unflatten(1, (count, -1)).sum(1) for level, g in factors.items()}
+    else:
+        total = {level: F.conv2d(g, projection[:, :, None, None]) for level, g in factors.items()}
+    return FactoredEstimates(estimates.zeroth, total, None, 1, estimates.adapter)
+
+
 def factored_estimates(
     estimator: FeatureEstimator, features: Mapping[str, Tensor], *, fused: bool = True
 ) -> FactoredEstimates:

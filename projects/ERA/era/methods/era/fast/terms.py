@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from era.losses import level_mean
-from era.methods.era.fast.factored import FactoredEstimates, factored_estimates
+from era.methods.era.fast.factored import FactoredEstimates, factored_estimates, of_ends
 from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.levers import ALL_ON, Levers
 from era.methods.era.fast.residual import estimate_distances
 from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator
-from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges, judge_weights, judgements
+from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges, ends, judge_weights, judgements
 from era.modeling.detectors import Detector
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.step import Step
@@ -34,6 +34,7 @@ class FastTerms:
         compiled: factor the estimates through ``torch.compile``.
         levers: what is switched on.
         soft: how the teacher's heads judge softly.
+        judges_ends: judge ``e_0`` and ``e_N`` alone.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class FastTerms:
         compiled: bool = False,
         levers: Levers = ALL_ON,
         soft: SoftJudges = NO_SOFT_JUDGES,
+        judges_ends: bool = False,
     ):
         self.estimator = estimator
         self.judge = judge
@@ -54,6 +56,7 @@ class FastTerms:
         self.samples_per_image = samples_per_image
         self.levers = levers
         self.soft = soft
+        self.judges_ends = judges_ends
         factor = torch.compile(factored_estimates, dynamic=True) if compiled else factored_estimates
         self._factor = factor
         self.heads = None
@@ -79,8 +82,11 @@ class FastTerms:
         estimates = self._factor(self.estimator, step.student.features, fused=fused)
         target = step.teacher_features
         terms, measured = self._feature_terms(estimates, target, scales, deviation, by_position)
+        weights = judge_weights(scales)
+        if self.judges_ends:
+            estimates, weights = of_ends(estimates), ends(weights)
         for part in self.judge.parts:
-            found = self._judgements(part, estimates, judge_weights(scales), step)
+            found = self._judgements(part, estimates, weights, step)
             terms |= {f"{kind}_{part}": loss for kind, loss in found.items()}
         return terms, measured
 
