@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 from era.config import load_config
 from era.data import datasets as coco
-from era.data import toy
+from era.data import folders, toy
 from era.data.toy.polygons import mask_polygons
 from era.data.validation import check_annotation_file
 from era.errors import UserError
@@ -269,7 +269,7 @@ def test_two_processes_at_once_make_one_whole_dataset(tmp_path):
     child = spawn.Process(target=_ensure_in_child, args=(tmp_path, ready, written))
     here = threading.Thread(target=toy.ensure, args=(tmp_path, SPEC))
     stamp = tmp_path / "era_toy" / "spec.json"
-    with toy._lock(tmp_path):  # until both processes wait for it
+    with folders.lock(tmp_path, toy.FOLDER):  # until both processes wait for it
         child.start()
         assert ready.get(timeout=60)
         here.start()

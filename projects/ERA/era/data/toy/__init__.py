@@ -12,15 +12,11 @@ seeded by (seed, split, index): the same spec gives the same bytes, in any order
 random state is read or changed.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import logging
 import os
-import shutil
-import time
 from pathlib import Path
 
 import cv2
@@ -28,9 +24,9 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from era.data import folders
 from era.data.toy.draw import CLASSES, ToySpec, render
 from era.data.toy.polygons import mask_polygons
-from era.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +48,7 @@ NAMES = {
 }
 BASE = ("train", "val")  # splits that are made at once; the rest follows when it is asked for
 FOLDER = "era_toy"
+WHAT = "the generated toy dataset"  # in messages
 DEFAULT = ToySpec()
 _SOURCES: dict = {}  # registered name -> (root or None, spec)
 GENERATOR_VERSION = 2  # raise it when the same spec gives other files: old data is then remade
@@ -66,14 +63,6 @@ def origin(name: str) -> dict:
     """What the content of a registered toy set follows from, the same on every machine."""
     made_from = json.loads(_fingerprint(_SOURCES[name][1]))
     return made_from | {"set": dataclasses.asdict(NAMES[name])}
-
-
-def _is_current(folder: Path, spec: ToySpec) -> bool:
-    """Whether ``folder`` was made from ``spec``; it is then whole, for it appears by a rename."""
-    try:
-        return (folder / "spec.json").read_text() == _fingerprint(spec)
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def _write_image(path: Path, image: np.ndarray, quality: int) -> None:
@@ -134,38 +123,6 @@ def _write_first(folder: Path, whole: Path, wanted: ToySet) -> None:
     (folder / "annotations" / f"{wanted.file}.json").write_text(json.dumps(coco))
 
 
-@contextlib.contextmanager
-def _lock(root: Path):
-    """Wait for, then hold, the one right to write below ``root``; a killed holder frees it."""
-    with open(root / f".{FOLDER}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _writing(root: Path):
-    """The right to write below ``root``, with what killed processes left there cleared away.
-
-    Gives a folder beside the data's for what is not whole yet; it is gone in the end. Raises UserError
-    for what the system refuses.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _lock(root):
-            try:
-                for stale in root.glob(f".{FOLDER}.tmp*"):  # of a process that was killed
-                    shutil.rmtree(stale)
-                yield root / f".{FOLDER}.tmp"
-            finally:
-                for rest in root.glob(f".{FOLDER}.tmp*"):
-                    shutil.rmtree(rest, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"the toy dataset cannot be written below {root} ({error}): make that folder "
-            "writable, or set DETECTRON2_DATASETS to one that is"
-        ) from error
-
-
 def generate(root: str | Path, spec: ToySpec = DEFAULT, *, force: bool = True) -> Path:
     """Write the dataset of ``spec`` to ``root``/era_toy, in place of an older one.
 
@@ -173,27 +130,12 @@ def generate(root: str | Path, spec: ToySpec = DEFAULT, *, force: bool = True) -
     this at once. With ``force`` false, data of the same spec is kept. Raises UserError when
     ``root`` cannot be written or its era_toy folder holds something else.
     """
-    root = Path(root)
-    folder = root / FOLDER
-    with _writing(root) as fresh:
-        if not force and _is_current(folder, spec):  # made while this process waited
-            return folder
-        if folder.exists() and any(folder.iterdir()) and not (folder / "spec.json").exists():
-            raise UserError(
-                f"{folder} holds files that are not the generated toy dataset (it has no "
-                "spec.json): move it away, or set DETECTRON2_DATASETS to another folder"
-            )
-        start = time.perf_counter()
-        count = spec.train_images + spec.val_images
-        logger.info("generating %d toy images in %s ...", count, folder)
+
+    def write(fresh: Path) -> None:
         for split in BASE:
             _write_split(fresh, spec, split)
-        (fresh / "spec.json").write_text(_fingerprint(spec))
-        if folder.exists():  # a folder can only be replaced by a rename if it is empty
-            os.replace(folder, root / f".{FOLDER}.tmp-old")
-        os.replace(fresh, folder)
-        logger.info("... done in %.1f s", time.perf_counter() - start)
-    return folder
+
+    return folders.make(Path(root), FOLDER, _fingerprint(spec), write, what=WHAT, force=force)
 
 
 def _extend(root: Path, spec: ToySpec, wanted: ToySet) -> None:
@@ -205,17 +147,17 @@ def _extend(root: Path, spec: ToySpec, wanted: ToySet) -> None:
     name = f"annotations/{wanted.file}.json"
     if (folder / name).is_file():
         return
-    with _writing(root) as fresh:
-        if (folder / name).is_file() or not _is_current(folder, spec):  # since this process waited
+    with folders.writing(
+        root, FOLDER, what=WHAT
+    ) as fresh:  # what follows may be so since this one waited
+        if (folder / name).is_file() or not folders.is_current(folder, _fingerprint(spec)):
             return
         logger.info("adding %s to %s ...", wanted.file, folder)
         if wanted.first is not None:
             _write_first(fresh, folder / "annotations" / f"{wanted.split}.json", wanted)
         else:
             _write_split(fresh, spec, wanted.split)
-            if (folder / wanted.split).exists():  # of a process that was killed
-                os.replace(folder / wanted.split, root / f".{FOLDER}.tmp-old")
-            os.replace(fresh / wanted.split, folder / wanted.split)
+            folders.replace(fresh / wanted.split, folder / wanted.split)
         os.replace(fresh / name, folder / name)
 
 
@@ -225,14 +167,9 @@ def ensure(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> Path:
     ``root`` defaults to DETECTRON2_DATASETS, or ``datasets``, as they stand at the call. Raises
     UserError like `generate`.
     """
-    folder = _where(root) / FOLDER
-    return folder if _is_current(folder, spec) else generate(_where(root), spec, force=False)
-
-
-def _where(root: str | Path | None) -> Path:
-    if root is None:
-        root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    return Path(root)
+    folder = folders.place(root) / FOLDER
+    current = folders.is_current(folder, _fingerprint(spec))
+    return folder if current else generate(folders.place(root), spec, force=False)
 
 
 def register(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> None:
@@ -243,7 +180,7 @@ def register(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> None:
     """
     for name in NAMES:
         _SOURCES[name] = (root, spec)
-        _point(name, _where(root) / FOLDER)
+        _point(name, folders.place(root) / FOLDER)
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, functools.partial(_load, name))
 
@@ -253,7 +190,7 @@ def prepare(name: str) -> None:
     root, spec = _SOURCES[name]
     folder = ensure(root, spec)
     if NAMES[name].file not in BASE:
-        _extend(_where(root), spec, NAMES[name])
+        _extend(folders.place(root), spec, NAMES[name])
     _point(name, folder)
 
 
@@ -264,14 +201,9 @@ def _load(name: str) -> list[dict]:
 
 
 def _point(name: str, folder: Path) -> None:
-    meta, of = MetadataCatalog.get(name), NAMES[name]
-    for key in ("json_file", "image_root"):  # metadata refuses another value for a key it has
-        meta.__dict__.pop(key, None)
-    paths = {
-        "json_file": f"{folder}/annotations/{of.file}.json",
-        "image_root": f"{folder}/{of.split}",
-    }
-    meta.set(thing_classes=list(CLASSES), evaluator_type="coco", **paths)
+    of = NAMES[name]
+    json_file, image_root = f"{folder}/annotations/{of.file}.json", f"{folder}/{of.split}"
+    folders.point(name, json_file, image_root, CLASSES)
 
 
 def preview(
