@@ -25,7 +25,7 @@ def test_every_config_builds_its_model(path, monkeypatch):
         REPO
     )  # configs name the toy teacher's config from the root, where users start
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
-    if "toy" not in path.parts:
+    if not {"toy", "trees"} & set(path.parts):
         cfg.merge_from_list(NARROW)
         cfg.MODEL.TEACHER.OPTS = NARROW
     cfg.MODEL.TEACHER.WEIGHTS = ""
@@ -49,6 +49,9 @@ def test_there_are_configs():
         ("toy/era_init", "toy/plain_init"),
         ("mask_era_r101_r50", "mask_plain_r50"),
         ("toy/mask_era", "toy/mask_plain"),
+        ("trees/era", "trees/plain"),
+        ("trees/era_soft", "trees/plain"),
+        ("trees/methods/pkd", "trees/plain"),
     ],
 )
 def test_baseline_and_distilled_student_differ_in_distillation_alone(distilled, baseline):

@@ -1,7 +1,7 @@
 """Distillation of object detectors in Detectron2; importing it registers everything."""
 
 from era.config import add_era_config, get_era_cfg, load_config, student_config
-from era.data.toy import register as _register_toy_dataset
+from era.data.made import register as _register_made_datasets
 from era.errors import UserError
 from era.methods import Method
 from era.modeling.backbones.small_resnet import build_small_resnet_fpn_backbone
@@ -24,4 +24,4 @@ __all__ = [
     "student_config",
 ]
 
-_register_toy_dataset()
+_register_made_datasets()

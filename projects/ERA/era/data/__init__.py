@@ -1,1 +1,1 @@
-"""Data: the generated toy dataset (``toy``) and COCO-format data named in the config (``coco``)."""
+"""Data: generated shapes (``toy``), trees on real photos (``trees``), COCO-format data named in the config (``datasets``)."""

@@ -9,7 +9,7 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from era.data import toy
+from era.data import made
 from era.data.validation import KEY, check_annotation_file, show
 from era.errors import UserError
 
@@ -54,7 +54,7 @@ def register_from_config(cfg) -> None:
 def check_datasets(cfg, for_training: bool) -> list[str] | None:
     """Check the sets of ``cfg.DATASETS.TEST`` and, for training, ``TRAIN``; return their classes.
 
-    Generated sets are made first. Sets without a COCO-format file (or in LVIS's variant of it)
+    Sets that are made on first use are made before. Sets without a COCO-format file (or in LVIS's variant of it)
     are only asked for their class names; None means that no set knows any. Raises UserError for
     an empty TRAIN in training, an unknown name, a bad file, or class names that differ.
     """
@@ -100,8 +100,7 @@ def _check_dataset(
             "annotation file, image folder], or use a built-in name such as coco_2017_train or "
             "era_toy_train"
         )
-    if name in toy.NAMES:
-        toy.prepare(name)
+    made.prepare(name)
     meta = MetadataCatalog.get(name)
     json_file, image_root = meta.get("json_file"), meta.get("image_root")
     declared = meta.get("thing_classes")

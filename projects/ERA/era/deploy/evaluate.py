@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from era.addresses import is_remote
 from era.config import find_config_file, load_config
-from era.data import toy
+from era.data import made
 from era.data.coco_ap import METRICS, coco_metrics
 from era.data.datasets import register_from_config
 from era.deploy.export import add_source_arguments
@@ -166,8 +166,7 @@ def find_dataset(args: argparse.Namespace, manifest: dict) -> tuple[str, str]:
                 f"the dataset {name!r} is not known: name one with --dataset, or give --annotations and "
                 "--images."
             )
-        if name in toy.NAMES:
-            toy.prepare(name)
+        made.prepare(name)
         meta = MetadataCatalog.get(name)
         found = meta.get("json_file", ""), meta.get("image_root", "")
     for path, there in zip(found, (os.path.isfile, os.path.isdir), strict=True):

@@ -4,7 +4,7 @@ A run's identity is the SHA-256 of a description of
 
 * its settings: those of Detectron2 and of the frame that differ from their default, so that a key which a later
   version adds repeats nothing; of its methods all of them, so that another default is another run;
-* its data, by what they are: a file's content, or what generated pictures are made from;
+* its data, by what they are: a file's content, or what sets that are made on first use are made from;
 * the runs that its weights come from, by their own identities, also runs of another plan; other files that its
   config names, by content;
 * its teacher's config, and for a run of equal time the runs whose steps are counted.
@@ -26,7 +26,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from era.config import get_era_cfg, load_config
-from era.data import toy
+from era.data import made
 from era.data.datasets import register_from_config
 from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 from era.runs.folder import read_stamp
@@ -104,8 +104,8 @@ def settings(cfg: CfgNode) -> dict[str, Any]:
 
 def content(dataset: str) -> Any:
     """What a registered dataset holds, in plain values; None where nothing is known of it."""
-    if dataset in toy.NAMES:
-        return toy.origin(dataset)
+    if (found := made.origin(dataset)) is not None:
+        return found
     if dataset not in DatasetCatalog:
         return None
     return file_sha256(MetadataCatalog.get(dataset).get("json_file") or "")
