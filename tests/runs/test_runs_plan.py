@@ -6,6 +6,7 @@ import pytest
 from builders import REPO
 
 from era.errors import UserError
+from era.runs.identity import identities
 from era.runs.plan import NOTHING, check_overrides, make_runs
 from era.runs.schema import read_plan
 
@@ -236,10 +237,24 @@ def test_the_benchmarks_have_one_teacher_and_equal_terms(name, pictures, tmp_pat
     assert plan.results == Path("docs/results") / name
 
 
-def test_the_control_without_branches_has_the_same_total_weight(tmp_path, monkeypatch):
+def test_the_trees_have_equal_terms_and_fetch_nothing_to_be_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    plan = read_plan(REPO / "studies" / "trees.yaml")
+    runs = make_runs(plan, tmp_path / "out")
+    assert len(set(identities(runs).values())) == len(runs) and not (tmp_path / "data").exists()
+    for run in runs:
+        assert run.config.DATASETS.TRAIN == ("era_trees_train",)
+        assert run.config.DATASETS.TEST == ("era_trees_test",)
+    longest = max(run.iterations for run in runs if not run.is_teacher)
+    assert runs[0].is_teacher and runs[0].iterations >= longest
+
+
+@pytest.mark.parametrize("name", ["few_labels", "trees"])
+def test_the_control_without_branches_has_the_same_total_weight(name, tmp_path, monkeypatch):
     """Soft judges: 1 on e_0 and s_i / N on every e_i, against all of it on e_0."""
     monkeypatch.chdir(REPO)
-    plan = read_plan(REPO / "studies" / "few_labels.yaml")
+    plan = read_plan(REPO / "studies" / f"{name}.yaml")
     keys = {run.variant: run.config.MODEL.ERA for run in make_runs(plan, tmp_path, seeds=(1,))}
     era, control = keys["era_soft_long"], keys["era_soft_n0_long"]
     total = 1 + sum(era.SCALES) / era.NUM_BRANCHES
