@@ -20,7 +20,7 @@ from trees_case import PHOTOS, REGIONS, pixels_of
 
 from era.config import load_config
 from era.data import datasets, folders, made, trees
-from era.data.trees import Region
+from era.data.trees import Photo, Region
 from era.data.trees.cut import boxes_on, starts
 from era.errors import UserError
 
@@ -172,6 +172,11 @@ def test_a_spec_that_mixes_what_is_seen_is_none(serve, region):
     others = tuple(r for r in REGIONS if r.split != "tune")
     with pytest.raises(ValueError, match=region.photo):
         dataclasses.replace(serve(), regions=(*others, region))
+
+
+def test_a_photo_narrower_than_a_tile_is_none(serve):
+    with pytest.raises(ValueError, match=r"grove.*too small for a tile"):
+        dataclasses.replace(serve(), photos=(PHOTOS[0], Photo("grove", 19, 20), PHOTOS[2]))
 
 
 def test_ground_truth_as_detections_is_ap_100(serve, root):

@@ -14,6 +14,7 @@ from trees_case import PHOTOS, members, nothing_at, png, xml
 
 from era.data import trees
 from era.data.trees import Photo
+from era.data.trees import wheel as trees_wheel
 from era.errors import UserError
 
 
@@ -72,6 +73,19 @@ def test_a_file_put_there_by_hand_is_read(serve, root, monkeypatch):
         trees.ensure(root, dataclasses.replace(spec, tile=16))
     assert spec.sha256 in str(caught.value)
     assert digest(root / "era_trees") == before  # what was there stays
+
+
+def test_a_file_that_cannot_be_read_is_told(serve, root, monkeypatch):
+    spec = serve()
+    root.mkdir()
+    (root / spec.filename).touch()
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")  # by hand, for root may read every file
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UserError, match=r"whl cannot be read .*Permission denied.*remove it"):
+        trees_wheel.fetch(spec, root)
 
 
 @pytest.mark.parametrize("change", ["another", "short", "long", "endless"])

@@ -48,10 +48,12 @@ class TreesSpec:
     min_visible: float = 0.5  # a tree is on a tile if this share of its box is
 
     def __post_init__(self) -> None:
-        sizes = {photo.name: photo.height for photo in self.photos}
+        photos = {photo.name: photo for photo in self.photos}
         for region in self.regions:
-            inside = region.top >= 0 and region.bottom <= sizes.get(region.photo, 0)
-            if region.split not in SPLITS or not inside or region.bottom - region.top < self.tile:
+            photo = photos.get(region.photo, Photo("none", 0, 0))
+            inside = region.top >= 0 and region.bottom <= photo.height
+            small = min(region.bottom - region.top, photo.width) < self.tile
+            if region.split not in SPLITS or not inside or small:
                 raise ValueError(f"{region} is of no known photo or split, or too small for a tile")
         for one in self.regions:
             for other in self.regions:

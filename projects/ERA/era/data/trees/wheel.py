@@ -33,13 +33,18 @@ def fetch(spec: TreesSpec, root: Path) -> bytes:
     Nothing is written, and nothing but the hash is looked at before the hash fits.
 
     Raises:
-        UserError: it cannot be had, or is another file than expected.
+        UserError: it cannot be had, is another file than expected, or cannot be read.
     """
     path = root / spec.filename
     by_hand = f"the file with the SHA-256 {spec.sha256} ({spec.size} bytes) as {path}"
     if path.is_file():
-        with open(path, "rb") as file:
-            data = file.read(spec.size + 1)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(spec.size + 1)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): make it readable, or remove it"
+            ) from error
         source, remedy = str(path), f"put {by_hand}, or remove it and it is downloaded"
     else:
         try:
