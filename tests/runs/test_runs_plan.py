@@ -205,6 +205,31 @@ def test_a_schedule_has_the_only_word_on_iterations(write):
         write("runs:", "schedules: {c: 6, b_c: 7}\nruns:", text)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  again:", "  plain: {}\n  again:", r"plan\.yaml: plain stands in line 7 and again in line 12 of the same"),
+        ("seeds: [1, 2]", "seeds: [1, 2]\nseeds: [3]", "seeds stands in line 3 and again in line 4"),
+        ("{SOLVER.BASE_LR: 0.5}", "{SOLVER.BASE_LR: 0.5, SOLVER.BASE_LR: 1.0}", "SOLVER.BASE_LR stands in line 7 and"),
+        ("label: Plain, ", "<<: {label: a}, <<: {label: b}, ", "<< stands in line 7 and again in line 7"),
+    ],
+)  # fmt: skip
+def test_a_key_that_stands_twice_is_named(write, old, new, said):
+    with pytest.raises(UserError, match=said) as error:
+        write(old, new)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_merged_may_be_named_again(write):
+    plan = write("overrides: {SOLVER.BASE_LR: 0.5}", "overrides: &a {SOLVER.BASE_LR: 0.5, SEED: 4}")
+    assert plan.variants["plain"].overrides == ("SOLVER.BASE_LR", "0.5", "SEED", "4")
+    own = "label: Distilled\n    overrides: {<<: *a, SEED: 5}"
+    text = PLAN.replace("overrides: {SOLVER.BASE_LR: 0.5}", "overrides: &a {SOLVER.BASE_LR: 0.5, SEED: 4}")  # fmt: skip
+    plan = write("label: Distilled", own, text)
+    found = plan.variants["distilled"].overrides
+    assert dict(zip(found[::2], found[1::2], strict=True)) == {"SOLVER.BASE_LR": "0.5", "SEED": "5"}  # fmt: skip
+
+
 def test_a_plan_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
         read_plan(tmp_path / "none.yaml")

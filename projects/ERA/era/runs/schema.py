@@ -118,16 +118,44 @@ def read_plan(path: Path) -> Plan:
         UserError: one sentence about the first mistake, with the file and the entry.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            value = yaml.load(file, Loader=UniqueKeysLoader)
     except OSError as e:
         raise UserError(
             f"the plan {path} cannot be read ({e.strerror}): name a YAML file such as studies/demo.yaml."
         ) from e
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError) as e:
         raise UserError(
             f"the plan {path} is not YAML ({' '.join(str(e).split())}): correct it."
         ) from e
     return _Reader(path).plan(value)
+
+
+class UniqueKeysLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses what it would read as the last of several entries of one name.
+
+    Entries that ``<<`` merges into a mapping may be named there again: they are defaults.
+    """
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping as it stands in the file, before anything is merged into it.
+
+        Raises:
+            UserError: a key stands in it twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{self.name}: {key.value} stands in line {lines[key.value]} and again in line {line} of the same "
+                    "mapping, where only the last would count: give one another name, or delete it."
+                )
+            lines[key.value] = line
+        return node
 
 
 class _Reader:
