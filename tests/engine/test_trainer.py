@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import TINY_TEACHER, Once, batch, cli, run_tool, tiny_cfg, tiny_model
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor, launch
+from detectron2.engine import DefaultPredictor, DefaultTrainer, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -17,7 +18,7 @@ from era.engine.evaluation import evaluate
 from era.engine.launch import argument_parser, train_net
 from era.engine.preflight import check_data, setup_config
 from era.engine.schedule import amp_dtype, scale_to_world
-from era.engine.trainer import StepTrainer, Trainer
+from era.engine.trainer import GPU_MEMORY, GpuMemory, StepTrainer, Trainer
 from era.errors import UserError
 
 
@@ -305,3 +306,20 @@ def test_a_hundred_steps_of_half_precision_stay_finite(dtype):
     assert all(torch.isfinite(p).all() for p in model.parameters())
     history = [value for value, _ in storage.history("total_loss").values()]
     assert sum(history[-20:]) < sum(history[:20])
+
+
+def test_the_memory_of_a_gpu_is_a_scalar_that_is_written(monkeypatch):
+    hook = GpuMemory()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(storage=storage)
+        hook.after_step()
+        assert storage.latest_with_smoothing_hint()[GPU_MEMORY] == (3.0, 0)
+
+    writer = object()
+    monkeypatch.setattr(DefaultTrainer, "build_hooks", lambda self: [writer])
+    trainer = Trainer.__new__(Trainer)
+    for device, expected in (("cuda:0", GpuMemory), ("cpu", object)):
+        trainer.cfg = SimpleNamespace(MODEL=SimpleNamespace(DEVICE=device))
+        hooks = trainer.build_hooks()
+        assert type(hooks[0]) is expected and writer in hooks

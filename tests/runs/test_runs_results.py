@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+from builders import REPO
 from runs_case import make_run, metrics_lines
 
 from era.errors import UserError
 from era.runs.results import make_result, read_results, write_result
+from era.runs.series import method_charts
 
 
 @pytest.fixture
@@ -36,6 +39,49 @@ def test_a_result_is_small_and_what_the_folder_says(tmp_path, run):
     assert read_results(path.parent, [run], {"student": "i" * 64}) == ({"student": result}, [])
     assert read_results(path.parent, [run], {"student": "other"}) == ({}, ["student"])
     assert read_results(tmp_path / "none", [run], {"student": "i" * 64}) == ({}, [])
+
+
+def residuals(iteration: int, *values: float) -> dict:
+    """What ERA logs: of e_0, e_1, ... at two levels, one above and one below the value."""
+    found = {"iteration": iteration}
+    for i, value in enumerate(values):
+        found |= {f"era/p3/residual_e{i}": value + 0.1, f"era/p4/residual_e{i}": value - 0.1}
+    return found
+
+
+def test_a_result_keeps_where_the_methods_charts_end_and_the_memory_of_a_gpu(tmp_path, run):
+    run = dataclasses.replace(run, methods=("ERA",))
+    lines = [residuals(i, 9.0, 9.0) for i in range(3)]
+    lines += [residuals(10 + i, 0.5 + 0.1 * i, 1 / 3) for i in range(5)]
+    lines += [{"iteration": i, "gpu_memory_mib": mib} for i, mib in ((0, 10.0), (9, 2048.25), (19, 2048.25))]  # fmt: skip
+    with open(run.folder / "metrics.json", "a") as file:
+        file.write("".join("\n" + json.dumps(line) for line in lines))
+    result = make_result(run, "i", seconds=1.0, peak=None, commit="abc")
+    ((title, ends),) = result.charts.items()
+    assert ends == {"0": 0.7, "1": 0.3333} and title == method_charts(("ERA",))[0].title
+    assert result.gpu_mib == 2048.2
+    write_result(tmp_path, result)
+    assert read_results(tmp_path, [run], {"student": "i"}) == ({"student": result}, [])
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path, run):
+    result = make_result(run, "i", seconds=1.0, peak=None, commit="abc")
+    path = write_result(tmp_path, result)
+    value = json.loads(path.read_text())
+    del value["charts"], value["gpu_mib"]
+    path.write_text(json.dumps(value))
+    assert read_results(tmp_path, [run], {"student": "i"}) == ({"student": result}, [])
+
+
+def test_the_results_of_the_repository_are_read():
+    paths = sorted((REPO / "docs" / "results").glob("*/*.json"))
+    for path in paths:
+        run = make_run(path.parent, path.stem)
+        found, _ = read_results(
+            path.parent, [run], {run.name: json.loads(path.read_text())["identity"]}
+        )
+        assert list(found) == [path.stem]
+    assert paths
 
 
 def test_an_evaluation_is_read_from_its_log(tmp_path):
@@ -66,6 +112,10 @@ def test_a_run_without_an_evaluation_has_no_result(run):
         lambda value: json.dumps({**value, "ap": 3}),
         lambda value: json.dumps({**value, "curve": [[1, 2, 3]]}),
         lambda value: json.dumps({**value, "curve": 5}),
+        lambda value: json.dumps({**value, "charts": {"left": {"0": "much"}}}),
+        lambda value: json.dumps({**value, "charts": [1]}),
+        lambda value: json.dumps({**value, "gpu_mib": "all"}),
+        lambda value: json.dumps({k: v for k, v in value.items() if k != "curve"}),
         lambda value: json.dumps({**value, "step_ms": "fast"}),
     ],
 )

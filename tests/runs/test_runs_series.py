@@ -61,3 +61,15 @@ def test_a_charts_scalars_are_averaged_by_group_in_natural_order():
     nine, ten = curves.chart_series(metrics, chart)
     assert (nine[0], nine[1].tolist(), nine[2].tolist()) == ("gap 9", [20, 40], [2.0, 0.5])
     assert (ten[0], ten[1].tolist(), ten[2].tolist()) == ("gap 10", [20], [0.5])
+
+
+def test_a_chart_ends_at_the_mean_of_its_last_points():
+    values = [9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    metrics = [
+        {"iteration": i, "probe/p2/gap_10": v, "probe/p3/gap_10": 3 * v} | ({"probe/p2/gap_9": v} if i > 4 else {})
+        for i, v in enumerate(values)
+    ]  # fmt: skip
+    (chart,) = curves.method_charts(("Probe",))
+    ends = curves.chart_ends(metrics, chart)
+    assert ends == {"9": 4.5, "10": 6.0} and list(ends) == ["9", "10"]  # 2 x mean of 1 to 5
+    assert curves.chart_ends(METRICS, chart) == {}

@@ -32,6 +32,7 @@ from era.registry import is_distiller
 logger = logging.getLogger(__name__)
 
 STUDENT_FOLDER = "student"  # below OUTPUT_DIR: the plain student at the end of training
+GPU_MEMORY = "gpu_memory_mib"  # a scalar: most memory of tensors on the main process's GPU so far
 # float16 skips a step whose scaled gradients overflow and halves the scale, from 65536. Below this (fairseq's
 # bound; thirty steps in a row) no scale helps.
 MIN_LOSS_SCALE = 1e-4
@@ -174,8 +175,10 @@ class Trainer(DefaultTrainer):
             self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, and the plain student at the end."""
+        """Detectron2's hooks, the memory of a GPU, and the plain student at the end."""
         ret = super().build_hooks()
+        if self.cfg.MODEL.DEVICE.startswith("cuda"):
+            ret.insert(0, GpuMemory())  # before the writers
         if comm.is_main_process():
             ret.append(SaveStudent())
         return ret
@@ -207,6 +210,16 @@ class Trainer(DefaultTrainer):
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
             results["teacher"] = self._teacher_results
         return results
+
+
+class GpuMemory(HookBase):
+    """Puts the most memory that tensors took on this process's GPU so far, in MiB, into the event storage, as
+    Detectron2's own hooks print it and write it nowhere."""
+
+    def after_step(self) -> None:
+        """Evaluations before this step count too."""
+        mib = torch.cuda.max_memory_allocated() / 2**20
+        self.trainer.storage.put_scalar(GPU_MEMORY, mib, smoothing_hint=False)
 
 
 class SaveStudent(HookBase):

@@ -32,12 +32,14 @@ class Chart:
     """Scalars that a method puts into the event storage, as a report draws them.
 
     Attributes:
-        title, y_label: of the chart; iterations are its x axis.
+        title, y_label: of the chart; iterations are its x axis. Studies keep its final values by its title.
         pattern: regular expression for a scalar's whole name, with a group ``curve``; a curve is the mean
             of all scalars with the same group.
         curve_name: from the group to the curve's name in the legend.
         log_scale: whether the y axis is logarithmic.
         explanation: how to read it, one or two sentences.
+        share: where the curves are steps of one way, what the last one's value over the first one's is: the heading
+            of a column in a study's table.
     """
 
     title: str
@@ -46,6 +48,7 @@ class Chart:
     curve_name: Callable[[str], str]
     log_scale: bool = False
     explanation: str = ""
+    share: str = ""
 
 
 class Method(nn.Module):

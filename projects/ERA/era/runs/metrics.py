@@ -9,6 +9,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
+from era.engine.trainer import GPU_MEMORY
 from era.errors import UserError
 from era.runs.plan import Run
 
@@ -46,6 +47,11 @@ def step_seconds(metrics: list[dict], *, since: int = 40) -> float | None:
     late = [seconds for iteration, seconds in times if iteration >= since]
     chosen = late or [seconds for _, seconds in times]
     return statistics.median(chosen) if chosen else None
+
+
+def peak_gpu(metrics: list[dict]) -> float | None:
+    """Most memory of tensors on the GPU, in MiB, that the metrics tell of; None of a run on a CPU."""
+    return max((m[GPU_MEMORY] for m in metrics if GPU_MEMORY in m), default=None)
 
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")

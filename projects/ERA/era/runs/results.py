@@ -10,13 +10,16 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from era import environment
 from era.errors import UserError
-from era.runs.metrics import AP_NAMES, ap_curve, read_ap, read_metrics, step_seconds
+from era.runs.metrics import AP_NAMES, ap_curve, peak_gpu, read_ap, read_metrics, step_seconds
 from era.runs.plan import Run
+from era.runs.series import chart_ends, method_charts
+
+LATER = {"gpu_mib", "charts"}  # fields that files of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Result:
     seconds: float | None  # wall time of the whole run
     commit: str  # of the code
     machine: str  # name of the processor, or of the GPU where that did the work
+    gpu_mib: float | None = None  # most memory of tensors on the (first) GPU
+    # By the title of a method's chart: where its curves end, see series.chart_ends.
+    charts: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def make_result(
@@ -66,7 +72,20 @@ def make_result(
         seconds=_rounded(seconds, 1),
         commit=commit,
         machine=gpu or here["cpu"],
+        gpu_mib=_rounded(peak_gpu(metrics), 1),
+        charts=_chart_ends(run, metrics),
     )
+
+
+def _chart_ends(run: Run, metrics: list[dict]) -> dict[str, dict[str, float]]:
+    """To four digits; what has no finite end is left out."""
+    found = {}
+    for chart in method_charts(run.methods):
+        ends = chart_ends(metrics, chart)
+        known = {group: float(f"{end:.4g}") for group, end in ends.items() if math.isfinite(end)}
+        if known:
+            found[chart.title] = known
+    return found
 
 
 def write_result(folder: Path, result: Result) -> Path:
@@ -121,12 +140,18 @@ def _read(path: Path) -> Result:
         numbers = (int, float, type(None))
         fits = (
             isinstance(value, dict)
-            and value.keys() == names
+            and names - LATER <= value.keys() <= names
             and isinstance(value["identity"], str)
             and type(value["iterations"]) is int
             and value["ap"].keys() == set(AP_NAMES)
             and all(isinstance(v, numbers) for v in value["ap"].values())
             and all(isinstance(value[k], numbers) for k in ("step_ms", "peak_mib", "seconds"))
+            and isinstance(value.get("gpu_mib"), numbers)
+            and all(
+                isinstance(n, (int, float))
+                for ends in value.get("charts", {}).values()
+                for n in ends.values()
+            )
             and all(isinstance(n, (int, float)) for point in value["curve"] for n in point)
             and all(len(point) == 2 for point in value["curve"])
         )

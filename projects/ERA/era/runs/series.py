@@ -17,6 +17,8 @@ from era.registry import METHOD_REGISTRY
 if TYPE_CHECKING:
     from era.methods.base import Chart
 
+LAST_POINTS = 5  # of a chart's curve: their mean is where it ends
+
 
 def own_losses(metrics: Sequence[dict], methods: Sequence[str]) -> tuple[str, ...]:
     """Names of the student's own losses, sorted.
@@ -64,11 +66,22 @@ def series(metrics: Sequence[dict], names: Sequence[str]) -> tuple[np.ndarray, n
 
 
 def chart_series(metrics: Sequence[dict], chart: Chart) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """The curves of a method's chart: name in the legend, optimiser steps, means of the scalars there.
+    """The curves of a method's chart: name in the legend, optimiser steps, means of the scalars there."""
+    return [(chart.curve_name(group), *curve) for group, *curve in _chart_groups(metrics, chart)]
 
-    Scalars that the chart's pattern puts into one group are averaged; groups are in natural order, so
-    that "10" follows "9".
-    """
+
+def chart_ends(metrics: Sequence[dict], chart: Chart) -> dict[str, float]:
+    """What a method's chart shows at the end of a training: by the curve's group in the chart's pattern, the mean
+    of the last :data:`LAST_POINTS` points."""
+    groups = _chart_groups(metrics, chart)
+    return {group: float(values[-LAST_POINTS:].mean()) for group, _, values in groups}
+
+
+def _chart_groups(
+    metrics: Sequence[dict], chart: Chart
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Group, optimiser steps, means: scalars that the chart's pattern puts into one group are averaged; groups are
+    in natural order, so that "10" follows "9"."""
     groups: dict[str, list[str]] = {}
     for name in sorted({name for line in metrics for name in line}):
         if match := re.fullmatch(chart.pattern, name):
@@ -76,7 +89,8 @@ def chart_series(metrics: Sequence[dict], chart: Chart) -> list[tuple[str, np.nd
     curves = []
     for group in sorted(groups, key=_natural):
         iterations, total = series(metrics, groups[group])
-        curves.append((chart.curve_name(group), iterations, total / len(groups[group])))
+        if iterations.size:
+            curves.append((group, iterations, total / len(groups[group])))
     return curves
 
 

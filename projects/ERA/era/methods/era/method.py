@@ -83,6 +83,7 @@ class ERA(Method):
             "MBRNet adds a step, so e₁, e₂, … should come closer to the teacher's features F_T, and all should "
             "fall with training; with a standardised target they are in units of the teacher's variance. A "
             "lower residual is not a higher AP.",
+            share="left after the branches",
         ),
         Chart(
             title="what the branches remove",
