@@ -12,9 +12,10 @@ from era.runs.plan import make_runs
 from era.runs.results import make_result
 from era.runs.schema import read_plan
 from era.study.cli import find_plan, given_teacher, main
-from era.study.figures import mean_curve, write_curves
+from era.study.figures import write_curves
 from era.study.interval import LEVEL, bootstrap_interval
-from era.study.summary import page, size_table, summarise, table
+from era.study.page import page, size_table, table
+from era.study.summary import summarise
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def test_the_interval_against_all_draws_there_are(values):
 
 def test_curves_are_means_over_seeds(study, tmp_path):
     teacher, plain, era = summarise(*study)
-    assert mean_curve(era).tolist() == [[300.0, 600.0], [10.75, 21.5]]
+    assert era.curve.tolist() == [[300.0, 600.0], [10.75, 21.5]]
     era.results[2].curve.pop(0)
-    assert mean_curve(era).tolist() == [[600.0], [21.5]]  # where every seed was evaluated
+    assert era.curve.tolist() == [[600.0], [21.5]]  # where every seed was evaluated
     assert write_curves([teacher, plain, era], tmp_path / "curves.svg")
     text = (tmp_path / "curves.svg").read_text()
     assert (

@@ -21,10 +21,12 @@ from era.runs.identity import identities
 from era.runs.plan import Run, make_runs
 from era.runs.results import Result, make_result, read_results, write_result
 from era.runs.schema import Plan, read_plan
-from era.study.figures import write_curves
-from era.study.summary import page, summarise, table
+from era.study import equal_time
+from era.study.figures import write_charts, write_curves
+from era.study.page import page, table
+from era.study.summary import summarise
 
-PRODUCTS = ("table.md", "results.json", "curves.svg")
+PRODUCTS = ("table.md", "results.json", "curves.svg", "charts.svg")
 FAILED = 1  # exit status
 
 
@@ -35,8 +37,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "goes on after a stop: complete runs are kept, unless what they follow from has changed. A run that fails "
         "is named, the others go on, and the exit status is 1.",
         epilog="studies/demo.yaml explains the entries of a plan. A study takes from half an hour to hours "
-        "on two cores. Its folder then holds table.md, results.json, curves.svg (AP over iterations and over time) "
-        "and the runs; a plan with the entry results keeps a small file of every complete run there, with which "
+        "on two cores. Its folder then holds table.md, results.json, curves.svg (AP over iterations and over time), "
+        "charts.svg (where the charts of the methods end) and the runs; a plan with the entry results keeps a small file of every complete run there, with which "
         "another machine goes on.",
     )
     parser.add_argument(
@@ -57,7 +59,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
-    """Run a study; ``table.md``, ``results.json`` and ``curves.svg`` in its folder, the table on the screen.
+    """Run a study; the :data:`PRODUCTS` in its folder, the table on the screen.
 
     Args:
         root: top of the repository.
@@ -89,11 +91,13 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         text = page(plan, entries, problems)
         (output / "table.md").write_text(text, encoding="utf-8")
         write_curves(entries, output / "curves.svg")
+        write_charts(entries, output / "charts.svg")
         found = {
             "plan": str(plan.file),
             "versions": environment.versions(),
             "machine": environment.machine(),
             "variants": [entry.as_dict() for entry in entries],
+            "equal_time": equal_time.as_dict(entries),
             "missing": problems,
         }
         (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -1,17 +1,23 @@
-"""What a study found, variant by variant, and its tables."""
+"""What a study found, variant by variant."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from era.runs import tables
+import numpy as np
+
 from era.runs.metrics import AP_NAMES
 from era.runs.plan import Run
 from era.runs.results import Result
 from era.runs.schema import Plan
-from era.study.interval import METHOD, bootstrap_interval
+from era.runs.series import method_charts
+from era.study.interval import bootstrap_interval
+
+if TYPE_CHECKING:
+    from era.methods.base import Chart
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Entry:
     results: dict[int | None, Result]  # by seed; None = the config's own
     reference: str  # the variant that its gain is counted from, "" = none
     differences: tuple[float, ...]  # AP minus the reference's, by the seeds that both have
+    charts: tuple[Chart, ...] = ()  # of its methods
+    time_of: str = ""  # the variant for whose time it was trained, "" = for iterations of its own
 
     def ap(self, name: str = "AP") -> list[float]:
         """The values of one of :data:`era.runs.metrics.AP_NAMES`, by seed, as far as there are any."""
@@ -51,10 +59,38 @@ class Entry:
         return bootstrap_interval(self.differences)
 
     def median(self, field: str) -> float | None:
-        """Median over seeds of ``step_ms``, ``peak_mib`` or ``seconds``, as far as it is known."""
+        """Median over seeds of ``step_ms``, ``peak_mib``, ``gpu_mib`` or ``seconds``, as far as it is known."""
         values = [getattr(result, field) for result in self.results.values()]
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
+
+    @property
+    def curve(self) -> np.ndarray:
+        """Optimiser steps, and mean AP over seeds there: (2, points), at the steps that every seed has."""
+        curves = [dict(map(tuple, result.curve)) for result in self.results.values()]
+        shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        points = [(step, np.mean([curve[step] for curve in curves])) for step in shared]
+        return np.array(points, dtype=float).reshape(-1, 2).T
+
+    def ends(self, chart: Chart) -> dict[str, float]:
+        """Where the curves of one of its charts end: mean over seeds by the curve's group, in the chart's order,
+        for the groups that every seed has whose result tells of them."""
+        known = [r.charts[chart.title] for r in self.results.values() if chart.title in r.charts]
+        shared = (
+            [group for group in known[0] if all(group in ends for ends in known)] if known else []
+        )
+        return {group: statistics.mean(ends[group] for ends in known) for group in shared}
+
+    def share(self, heading: str) -> float | None:
+        """The last curve's end over the first's, mean over seeds, of the chart with that :attr:`Chart.share`;
+        None if there is no such chart, or it has a single curve."""
+        shares = []
+        for chart in self.charts:
+            for result in self.results.values():
+                ends = [*result.charts.get(chart.title, {}).values()]
+                if chart.share == heading and len(ends) > 1 and ends[0] > 0:
+                    shares.append(ends[-1] / ends[0])
+        return statistics.mean(shares) if shares else None
 
     def as_dict(self) -> dict:
         """Plain values for JSON."""
@@ -74,6 +110,11 @@ class Entry:
             "interval": list(self.interval) if self.interval else None,
             "step_ms": self.median("step_ms"),
             "peak_mib": self.median("peak_mib"),
+            "gpu_mib": self.median("gpu_mib"),
+            "charts": {chart.title: self.ends(chart) for chart in self.charts},
+            "shares": {
+                chart.share: self.share(chart.share) for chart in self.charts if chart.share
+            },
             "seconds": self.median("seconds"),
             "curves": [r.curve for r in self.results.values()],
         }
@@ -111,62 +152,8 @@ def summarise(plan: Plan, runs: Sequence[Run], results: Mapping[str, Result]) ->
                 results=found[name],
                 reference=reference if base else "",
                 differences=tuple(own - other for own, other in pairs),
+                charts=method_charts(run.methods),
+                time_of=plan.variants[name].pace[0] if plan.variants[name].pace else "",
             )
         )
     return entries
-
-
-def table(entries: Sequence[Entry]) -> str:
-    """AP by seed, gains, time and memory, as a Markdown table."""
-    labels = {entry.name: entry.label for entry in entries}
-    seeds = list(dict.fromkeys(seed for e in entries for seed in e.results if seed is not None))
-    headings = ["variant", "inherited", "iterations", *(f"AP, seed {seed}" for seed in seeds)]
-    headings += ["AP, mean", "spread", "gain", "95 % interval", "over", "ms a step", "peak MiB"]
-    rows = []
-    for entry in entries:
-        by_seed = [
-            entry.results[seed].ap["AP"] if seed in entry.results else None for seed in seeds
-        ]
-        low, high = entry.interval or (None, None)
-        rows.append(
-            [
-                *(entry.label, entry.inherited, str(entry.iterations)),
-                *(tables.number(ap, ".1f") for ap in (*by_seed, entry.mean(), entry.spread())),
-                tables.number(entry.gain, "+.1f"),
-                tables.ABSENT if low is None else f"{low:+.1f} to {high:+.1f}",
-                labels.get(entry.reference, ""),
-                tables.number(entry.median("step_ms"), ".0f"),
-                tables.number(entry.median("peak_mib"), ".0f"),
-            ]
-        )
-    return tables.markdown(headings, rows, texts=2)
-
-
-def size_table(entries: Sequence[Entry]) -> str:
-    """AP at two overlaps and by size, mean and spread over seeds, as a Markdown table."""
-    rows = []
-    for entry in entries:
-        cells = [entry.label]
-        for name in AP_NAMES[1:]:
-            mean, spread = (tables.number(f(name), ".1f") for f in (entry.mean, entry.spread))
-            cells.append(mean if spread == tables.ABSENT else f"{mean} ± {spread}")
-        rows.append(cells)
-    return tables.markdown(["variant", *AP_NAMES[1:]], rows)
-
-
-def page(plan: Plan, entries: Sequence[Entry], problems: Mapping[str, str]) -> str:
-    """Everything for ``table.md``.
-
-    Args:
-        problems: why runs are missing, by their names.
-    """
-    notes = [
-        "AP of boxes in points, of the model after its last iteration; spread: standard deviation over seeds.",
-        METHOD,
-        "ms a step: median of the run's steps while other runs went on beside it; peak MiB: most resident memory "
-        "of its process; both: median over seeds.",
-        *plan.notes,
-        *(f"Missing: {name}: {why}" for name, why in problems.items()),
-    ]
-    listed = "\n".join(f"- {note}" for note in notes)
-    return f"# {plan.title}\n\n{table(entries)}\n\n{size_table(entries)}\n\n{listed}\n"
