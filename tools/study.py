@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare variants on the toy data from several seeds; see --help."""
+"""Compare variants from several seeds, as a plan of studies/ says; see --help."""
 
 from pathlib import Path
 

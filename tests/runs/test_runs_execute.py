@@ -82,11 +82,11 @@ def test_dependencies_and_the_longest_way_first(tmp_path):
     ]
     order, ended = [], {}
 
-    def start(run, threads):
+    def start(run, threads, gpus):
         assert threads == 2
         assert all(ended[name] == 0 for name in run.depends_on)
         order.append(run.name)
-        process = execution.start_process(run, threads)
+        process = execution.start_process(run, threads, gpus)
         ended[run.name] = process.wait()
         return process
 
@@ -102,8 +102,8 @@ def test_no_more_than_jobs_run_at_a_time(tmp_path):
     runs = [make_run(tmp_path, name, command=nap) for name in "abc"]
     alive, most = [], []
 
-    def start(run, threads):
-        process = execution.start_process(run, threads)
+    def start(run, threads, gpus):
+        process = execution.start_process(run, threads, gpus)
         alive.append(process)
         most.append(sum(p.poll() is None for p in alive))
         return process
@@ -155,8 +155,8 @@ def test_a_failing_run_stops_the_others_and_is_one_sentence(tmp_path):
     ]
     started = {}
 
-    def start(run, threads):
-        started[run.name] = execution.start_process(run, threads)
+    def start(run, threads, gpus):
+        started[run.name] = execution.start_process(run, threads, gpus)
         return started[run.name]
 
     out = io.StringIO()
@@ -175,8 +175,8 @@ def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys,
     runs = [make_run(tmp_path, name, command=SLOW) for name in "ab"]
     started = []
 
-    def start(run, threads):
-        started.append(execution.start_process(run, threads))
+    def start(run, threads, gpus):
+        started.append(execution.start_process(run, threads, gpus))
         return started[-1]
 
     before = signal.getsignal(signal.SIGTERM)

@@ -48,12 +48,12 @@ class Checkout:
     def write(self, text: str) -> None:
         (self.root / "studies" / "two.yaml").write_text(text)
 
-    def start(self, run, threads):
+    def start(self, run, threads, gpus):
         self.started.append(run.name)
         ap = AP[run.variant] + (run.seed or 0)
         command = FAIL if run.name in self.failing else training(run.folder, ap)
         object.__setattr__(run, "command", command)
-        return start_process(run, threads)
+        return start_process(run, threads, gpus)
 
     def study(self, *options: str) -> int:
         """Run the study; the exit status."""

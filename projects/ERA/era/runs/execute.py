@@ -18,6 +18,7 @@ from era.errors import UserError
 from era.runs.folder import is_finished, mark_finished, read_stamp
 from era.runs.identity import identities
 from era.runs.metrics import read_metrics, step_seconds, steps_done
+from era.runs.placement import gpus_needed, lend, threads_each
 from era.runs.plan import Run
 from era.runs.process import peak_memory, start_process, stop
 from era.runs.progress import Progress
@@ -33,9 +34,10 @@ class State:
     run: Run
     identity: str = ""
     process: subprocess.Popen | None = None
+    gpus: tuple[str, ...] = ()  # that were lent to it
     started: float = 0.0  # time.monotonic()
     seconds: float | None = None  # wall time of the complete run
-    peak_mib: float | None = None  # most resident memory of its process
+    peak_mib: float | None = None  # most resident memory of its process; of several it is not known
     commit: str = "unknown"  # of the code that it runs
     reused: bool = False
     steps: int = 0
@@ -69,13 +71,14 @@ def execute(
     *,
     jobs: int,
     cores: int,
+    gpus: Sequence[str] = (),
     reuse: bool = False,
     known: Mapping[str, int] | None = None,
     go_on: bool = False,
     on_finished: Callable[[State], None] | None = None,
     stream: TextIO | None = None,
     poll_seconds: float = 1.0,
-    start: Callable[[Run, int], subprocess.Popen] | None = None,
+    start: Callable[[Run, int, Sequence[str] | None], subprocess.Popen] | None = None,
 ) -> dict[str, State]:
     """Run everything.
 
@@ -83,6 +86,8 @@ def execute(
         runs: each after those that it depends on.
         jobs: processes at a time.
         cores: CPU cores to share among them.
+        gpus: GPUs to share among them, see :mod:`era.runs.placement`; none = the machine has none, or processes
+            see those that this one sees.
         reuse: keep runs that an earlier call completed, if nothing they follow from has changed.
         known: iterations by name of runs whose results are known, without their folders being here: they
             are run only where another run needs what is in their folder.
@@ -91,7 +96,7 @@ def execute(
             that run's failure.
         stream: where progress is shown; None = standard output.
         poll_seconds: how often to look.
-        start: starts a run on that many threads; :func:`start_process` unless a test says otherwise.
+        start: starts a run on that many threads and these GPUs; :func:`start_process` unless a test says otherwise.
 
     Returns:
         The final states by name; each ``run`` with its iterations, where other runs decided on them. Failed
@@ -134,16 +139,23 @@ def execute(
             for state in states.values():
                 if state.is_running:
                     state.steps = steps_done(read_metrics(state.run.folder))
-                    state.peak_mib = peak_memory(state.process.pid) or state.peak_mib
+                    if state.run.num_gpus == 1:
+                        state.peak_mib = peak_memory(state.process.pid) or state.peak_mib
                     with guarded(state):
                         _collect(state, folder_of, progress, finish)
             _skip(states, progress)
             running = [state for state in states.values() if state.is_running]
             while len(running) < jobs and (run := next_run(states)):
-                state = states[run.name]
+                state, lent = states[run.name], None
+                if gpus:
+                    in_use = [gpu for other in running for gpu in other.gpus]
+                    lent = lend(gpus_needed(run), gpus, in_use, jobs)
+                    if lent is None:  # it is next, so that none that needs many waits for ever
+                        break
                 with guarded(state):
                     state.run = with_iterations(run, states)
-                    state.process = start(state.run, max(1, cores // jobs))
+                    threads = threads_each(run, jobs=jobs, cores=cores, has_gpus=bool(gpus))
+                    state.process, state.gpus = start(state.run, threads, lent), lent or ()
                     state.started = time.monotonic()
                     state.commit = environment.commit()
                     running.append(state)

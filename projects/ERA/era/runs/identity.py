@@ -7,7 +7,8 @@ A run's identity is the SHA-256 of a description of
 * its data, by what they are: a file's content, or what sets that are made on first use are made from;
 * the runs that its weights come from, by their own identities, also runs of another plan; other files that its
   config names, by content;
-* its teacher's config, and for a run of equal time the runs whose steps are counted.
+* its teacher's config, for a run of equal time the runs whose steps are counted, and of a run on several GPUs how
+  many there are.
 
 Left out is what names a place (``OUTPUT_DIR``, paths), how old a file is, and the code: a result notes the commit.
 """
@@ -75,7 +76,9 @@ def describe(run: Run, known: Mapping[str, str]) -> dict[str, Any]:
     for key in (*weights, *(("SOLVER.MAX_ITER",) if run.time_of else ())):
         own.pop(key, None)
     teacher = cfg.MODEL.TEACHER if is_distiller(cfg) else None
+    several = {"num_gpus": run.num_gpus} if run.num_gpus > 1 else {}
     return {
+        **several,
         "evaluates": run.evaluates is not None,
         "settings": {key: _by_content(value) for key, value in own.items()},
         "weights": weights,

@@ -15,8 +15,9 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from era.config import load_config, validate_config
+from era.engine.schedule import scale_to_world
 from era.errors import UserError
-from era.runs.schema import Plan
+from era.runs.schema import Plan, Variant
 
 LOG = "train.log"  # what a run would have written to the screen
 FINAL = "model_final.pth"  # a training's last checkpoint, in its folder
@@ -33,7 +34,7 @@ class Run:
     config_file: str
     opts: tuple[str, ...]  # KEY, VALUE, KEY, VALUE, ...
     folder: Path
-    iterations: int  # optimiser steps; 0 = evaluation only
+    iterations: int  # optimiser steps, on num_gpus processes; 0 = evaluation only
     variant: str = ""  # its name in the plan
     seed: int | None = None  # None = the config's own
     is_teacher: bool = False
@@ -44,6 +45,7 @@ class Run:
     time_of: tuple[str, ...] = ()  # it is to take as long as these, if a step takes as long as
     step_of: tuple[str, ...] = ()  # one of these; ``iterations`` is then known when they are done
     weights: tuple[tuple[str, str], ...] = ()  # config key of a checkpoint, run that it comes from
+    num_gpus: int = 1  # as tools/train_net.py has it: on a CPU, processes
     command: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -97,12 +99,13 @@ def make_runs(
             for key, source in variant.weights.items():
                 own += [key, str(given.get(source, output / name_of(source, seed) / FINAL))]
             own += [*variant.overrides, *(() if seed is None else ("SEED", str(seed))), *opts]
-            cfg = _checked_config(name, variant.config, own)
+            cfg = _checked_config(name, variant, own, plan.num_gpus)
             paced = [tuple(name_of(other, s) for s in seeds) for other in variant.pace]
             needed = [name_of(other, seed) for other in variant.needs if other not in given]
             sources = [(k, name_of(v, seed)) for k, v in variant.weights.items() if v not in given]
             is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
             mode = ["--eval-only"] if variant.evaluates else []
+            mode += ["--num-gpus", str(plan.num_gpus)] if plan.num_gpus > 1 else []
             script = [sys.executable, "-u", "tools/train_net.py", "--config-file", variant.config]
             runs.append(
                 Run(
@@ -124,21 +127,29 @@ def make_runs(
                     time_of=paced[0] if paced else (),
                     step_of=paced[1] if paced else (),
                     weights=tuple(sources),
+                    num_gpus=plan.num_gpus,
                     command=(*script, *mode, *own),
                 )
             )
     return runs
 
 
-def _checked_config(name: str, config: str, opts: Sequence[str]) -> CfgNode:
-    cfg = load_config(config, opts)
+def _checked_config(name: str, variant: Variant, opts: Sequence[str], num_gpus: int) -> CfgNode:
+    """The config of a run, as the processes at work have it."""
+    cfg = load_config(variant.config, opts)
     validate_config(cfg)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(
             f"DATASETS.TEST of the run {name} has {len(cfg.DATASETS.TEST)} datasets: a plan compares its "
             "runs on exactly one; name one."
         )
-    return cfg
+    scaled = cfg if variant.evaluates else scale_to_world(cfg, num_gpus)
+    if variant.pace and scaled is not cfg:
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE of the run {name} is {cfg.SOLVER.REFERENCE_WORLD_SIZE}, which rescales its "
+            f"iterations on {num_gpus} process(es), but they follow from the time of others: set it to 0 for all runs."
+        )
+    return scaled
 
 
 def check_overrides(plan: Plan, opts: Sequence[str]) -> None:

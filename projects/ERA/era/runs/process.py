@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from era.runs.folder import remove
+from era.runs.placement import VISIBLE
 from era.runs.plan import Run
 
 STOP_SECONDS = 10.0  # a child that was asked to stop is killed after that
@@ -23,12 +24,18 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def start_process(run: Run, threads: int) -> subprocess.Popen:
-    """Start a run in an empty folder, its output in its log, on that many threads, unless the user's
-    own OMP_NUM_THREADS says otherwise. On Linux it ends with this process."""
+def start_process(run: Run, threads: int, gpus: Sequence[str] | None = None) -> subprocess.Popen:
+    """Start a run in an empty folder, its output in its log. On Linux it ends with this process.
+
+    Args:
+        threads: of each process, unless the user's own OMP_NUM_THREADS says otherwise.
+        gpus: those that it sees; None = those that this process sees.
+    """
     remove(run.folder)  # Detectron2 would append to the metrics of an earlier run
     run.folder.mkdir(parents=True)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    if gpus is not None:
+        environment[VISIBLE] = ",".join(gpus)
     follow = (sys.executable, "-S", "-c", FOLLOW, str(os.getpid()))
     with open(run.log, "w", encoding="utf-8") as log:
         log.write(f"$ {' '.join(run.command)}\n")

@@ -12,7 +12,9 @@ import yaml
 
 from era.errors import UserError
 
-PLAN_ENTRIES = ("title", "notes", "seeds", "schedules", "baseline", "compare", "results", "runs")
+PLAN_ENTRIES = (
+    *("title", "notes", "seeds", "schedules", "baseline", "compare", "results", "num_gpus", "runs"),
+)
 RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
 ROLES = ("student", "teacher")
 MAX_ITER = "SOLVER.MAX_ITER"  # the key that a schedule sets
@@ -51,6 +53,7 @@ class Plan:
     compare: dict[str, str]  # variant -> the one that its gain is counted from
     variants: dict[str, Variant]
     results: Path | None = None  # folder below the repository's root in which results are kept
+    num_gpus: int = 1  # of every run
 
     @property
     def name(self) -> str:
@@ -183,6 +186,9 @@ class _Reader:
         )
         fits = len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
         self.expect(fits, "seeds", seeds, "a list of different numbers from 0 on")
+        num_gpus = plan.get("num_gpus", 1)
+        fits = type(num_gpus) is int and num_gpus > 0
+        self.expect(fits, "num_gpus", num_gpus, "the number of GPUs of a run, from 1 on")
         if "schedules" in plan:
             schedules = self.schedules(plan["schedules"], variants)
             count = sum(1 if v.is_teacher else len(schedules) for v in variants.values())
@@ -201,6 +207,7 @@ class _Reader:
             compare=compare,
             variants=variants,
             results=self.results(plan["results"]) if "results" in plan else None,
+            num_gpus=num_gpus,
         )
 
     def schedules(self, value: Any, variants: dict[str, Variant]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from era.errors import UserError
 from era.runs.execute import State, execute, interruptible
 from era.runs.folder import prepare_folder
 from era.runs.identity import identities
+from era.runs.placement import check_gpus, usable_gpus
 from era.runs.plan import Run, make_runs
 from era.runs.results import Result, make_result, read_results, write_result
 from era.runs.schema import Plan, read_plan
@@ -28,6 +29,7 @@ from era.study.summary import summarise
 
 PRODUCTS = ("table.md", "results.json", "curves.svg", "charts.svg")
 FAILED = 1  # exit status
+CPU_JOBS = 2  # runs at a time on a machine without a GPU
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -36,8 +38,8 @@ def argument_parser() -> argparse.ArgumentParser:
         description="Train variants from several seeds and compare their AP, as a plan says. The same command "
         "goes on after a stop: complete runs are kept, unless what they follow from has changed. A run that fails "
         "is named, the others go on, and the exit status is 1.",
-        epilog="studies/demo.yaml explains the entries of a plan. A study takes from half an hour to hours "
-        "on two cores. Its folder then holds table.md, results.json, curves.svg (AP over iterations and over time), "
+        epilog="studies/demo.yaml explains the entries of a plan. A study of the generated data takes from "
+        "half an hour to hours on two cores. Its folder then holds table.md, results.json, curves.svg (AP over iterations and over time), "
         "charts.svg (where the charts of the methods end) and the runs; a plan with the entry results keeps a small file of every complete run there, with which "
         "another machine goes on.",
     )
@@ -49,7 +51,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--output", type=Path, help="folder; default output/study/<study>")
     parser.add_argument("--teacher", type=Path, help="a trained teacher's model_final.pth to use")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: as many as there are GPUs that this "
+                        "process may use (CUDA_VISIBLE_DEVICES), each run on its own; without a GPU 2")  # fmt: skip
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--fresh", action="store_true", help="train everything again")
     again.add_argument(
@@ -74,19 +77,22 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     plan = read_plan(find_plan(args.study, root))
     output = (args.output or root / "output" / "study" / plan.name).expanduser().resolve()
     given = given_teacher(plan, args.teacher)
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}: expected at least 1.")
+    gpus = usable_gpus()
+    jobs = args.jobs or len(gpus) or CPU_JOBS
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
         raise UserError(f"--seeds is {args.seeds}: expected different numbers from 0 on.")
     os.chdir(root)
     runs = make_runs(plan, output, seeds=args.seeds or (), only=args.variants, given=given)
+    check_gpus(runs, gpus)
     with (
         prepare_folder(output, runs=runs, products=PRODUCTS, reuse=not args.fresh),
         interruptible(output, how="the same command goes on"),
     ):
         for run in {run.config.DATASETS.dump(): run for run in runs}.values():
             check_data(run.config, for_training=True)  # makes the toy data, before all runs
-        results, problems = run_all(plan, runs, jobs=args.jobs, fresh=args.fresh)
+        results, problems = run_all(plan, runs, jobs=jobs, gpus=gpus, fresh=args.fresh)
         entries = summarise(plan, runs, results)
         text = page(plan, entries, problems)
         (output / "table.md").write_text(text, encoding="utf-8")
@@ -106,7 +112,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
 
 
 def run_all(
-    plan: Plan, runs: Sequence[Run], *, jobs: int, fresh: bool
+    plan: Plan, runs: Sequence[Run], *, jobs: int, gpus: Sequence[str], fresh: bool
 ) -> tuple[dict[str, Result], dict[str, str]]:
     """Execute what is not complete, keeping results as they come where the plan says so.
 
@@ -142,6 +148,7 @@ def run_all(
         runs,
         jobs=jobs,
         cores=environment.usable_cores(),
+        gpus=gpus,
         reuse=not fresh,
         known=known,
         go_on=True,
