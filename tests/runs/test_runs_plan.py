@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from builders import REPO
 
+from era.config import student_config
 from era.errors import UserError
 from era.runs.identity import identities
 from era.runs.plan import NOTHING, check_overrides, make_runs
@@ -273,6 +274,41 @@ def test_the_trees_have_equal_terms_and_fetch_nothing_to_be_planned(tmp_path, mo
         assert run.config.DATASETS.TEST == ("era_trees_test",)
     longest = max(run.iterations for run in runs if not run.is_teacher)
     assert runs[0].is_teacher and runs[0].iterations >= longest
+
+
+def test_the_coco_study_is_ready_for_eight_gpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    plan = read_plan(REPO / "studies" / "coco.yaml")
+    runs = {run.variant: run for run in make_runs(plan, tmp_path, seeds=[1])}
+    for name, run in runs.items():
+        recipe = run.config.SOLVER
+        found = (recipe.IMS_PER_BATCH, recipe.BASE_LR, run.iterations, recipe.STEPS)
+        assert found == (
+            (16, 0.02, 90_000, (60_000, 80_000))
+            if name.endswith("_16")
+            else (8, 0.01, 180_000, (120_000, 160_000))
+        )
+        assert run.iterations == run.config.TEST.EVAL_PERIOD * 6 and not run.depends_on
+        assert run.config.DATASETS.TRAIN == ("coco_2017_train",) and run.command[-1] == "1"
+        assert run.num_gpus == 8 and run.config.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+        if run.methods:
+            teacher = run.config.MODEL.TEACHER
+            assert "R_101_FPN_3x" in teacher.CONFIG_FILE
+            assert teacher.WEIGHTS.startswith(f"detectron2://{teacher.CONFIG_FILE[:-5]}/")
+        # Nothing but the distillation differs from what it is compared with.
+        reference = runs[plan.compare.get(name, name)]
+        stock, other = (student_config(r.config) for r in (run, reference))
+        stock.OUTPUT_DIR = other.OUTPUT_DIR
+        assert stock == other
+    assert [runs[f"{name}_16"].methods for name in ("plain", "era", "era_n0", "pkd", "mask_era")] == [
+        (), ("ERA",), ("ERA",), ("PKD",), ("ERA",),
+    ]  # fmt: skip
+    for size in ("16", "8"):
+        era, control = (runs[f"{name}_{size}"].config.MODEL.ERA for name in ("era", "era_n0"))
+        total = 1 + sum(era.SCALES) / era.NUM_BRANCHES
+        assert control.NUM_BRANCHES == 0 and list(control.SCALES) == []
+        for key in ("RPN_WEIGHT", "ROI_WEIGHT", "SOFT_RPN_WEIGHT", "SOFT_ROI_WEIGHT"):
+            assert control.TWI[key] == total * era.TWI[key]
 
 
 @pytest.mark.parametrize("name", ["few_labels", "trees"])
