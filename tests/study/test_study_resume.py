@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from builders import REPO
-from runs_case import FAIL, training
+from study_case import SPEC, Checkout
 
 from era.data import toy
 from era.errors import UserError
-from era.runs import execute as execution
-from era.runs.process import start_process
-from era.study.cli import argument_parser, main
+from era.study.cli import argument_parser
 
 PLAN = """
 title: Two ways
@@ -27,48 +21,14 @@ runs:
   plain: {label: Plain, config: configs/toy/plain.yaml}
   distilled: {label: Distilled, config: configs/toy/era.yaml, weights: {MODEL.TEACHER.WEIGHTS: teacher}}
 """
-SPEC = toy.ToySpec(train_images=3, val_images=2, image_size=64)
 AP = {"teacher": 50.0, "plain": 10.0, "distilled": 20.0}
-
-
-class Checkout:
-    """A repository's top with a plan, in which runs end at once, with an AP of their own."""
-
-    def __init__(self, root: Path, monkeypatch):
-        self.root, self.failing, self.started = root, set(), []
-        (root / "studies").mkdir(parents=True)
-        (root / "configs").symlink_to(REPO / "configs")
-        self.write(PLAN)
-        self.monkeypatch = monkeypatch
-
-    @property
-    def results(self) -> Path:
-        return self.root / "docs" / "results" / "two"
-
-    def write(self, text: str) -> None:
-        (self.root / "studies" / "two.yaml").write_text(text)
-
-    def start(self, run, threads, gpus):
-        self.started.append(run.name)
-        ap = AP[run.variant] + (run.seed or 0)
-        command = FAIL if run.name in self.failing else training(run.folder, ap)
-        object.__setattr__(run, "command", command)
-        return start_process(run, threads, gpus)
-
-    def study(self, *options: str) -> int:
-        """Run the study; the exit status."""
-        self.started = []
-        self.monkeypatch.setattr(execution, "start_process", self.start)
-        quick = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(0.01))
-        self.monkeypatch.setattr(execution, "time", quick)
-        return main(["two", *options], root=self.root)
 
 
 @pytest.fixture
 def checkouts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # main goes to the checkout's top; this brings us back
     toy.register(tmp_path / "data", SPEC)
-    yield [Checkout(tmp_path / name, monkeypatch) for name in ("here", "there")]
+    yield [Checkout(tmp_path / name, monkeypatch, PLAN, AP) for name in ("here", "there")]
     toy.register()
 
 
@@ -88,7 +48,7 @@ def test_a_failure_then_mended_then_elsewhere_then_another_setting(checkouts, ca
     assert "Missing: plain_seed2: the run 'plain_seed2' failed" in table
 
     here.failing = set()
-    assert here.study() == 0 and here.started == ["plain_seed2"]
+    assert here.study() == 0 and list(here.started) == ["plain_seed2"]
     found = json.loads((here.root / "output/study/two/results.json").read_text())
     teacher, plain, distilled = found["variants"]
     assert teacher["mean"]["AP"] == 50.0 and plain["ap"]["AP"] == [11.0, 12.0, 13.0]
@@ -100,7 +60,7 @@ def test_a_failure_then_mended_then_elsewhere_then_another_setting(checkouts, ca
     there.results.mkdir(parents=True)
     for path in here.results.iterdir():
         (there.results / path.name).write_bytes(path.read_bytes())
-    assert there.study() == 0 and there.started == []
+    assert there.study() == 0 and list(there.started) == []
     assert "7 of 7 results are in docs/results/two" in capsys.readouterr().out
     same = (there.root / "output/study/two/table.md").read_text()
     assert same == (here.root / "output/study/two/table.md").read_text()
@@ -108,12 +68,16 @@ def test_a_failure_then_mended_then_elsewhere_then_another_setting(checkouts, ca
     # One result fewer: that student is trained, and for its sake the teacher, whose result stays.
     (there.results / "distilled_seed3.json").unlink()
     before = (there.results / "teacher.json").read_bytes()
-    assert there.study() == 0 and there.started == ["teacher", "distilled_seed3"]
+    assert there.study() == 0 and list(there.started) == ["teacher", "distilled_seed3"]
     assert (there.results / "teacher.json").read_bytes() == before
 
     # Another setting of the plain student.
     there.write(PLAN.replace("plain.yaml}", "plain.yaml, overrides: {SOLVER.BASE_LR: 0.5}}"))
-    assert there.study() == 0 and there.started == ["plain_seed1", "plain_seed2", "plain_seed3"]
+    assert there.study() == 0 and list(there.started) == [
+        "plain_seed1",
+        "plain_seed2",
+        "plain_seed3",
+    ]
     assert "plain_seed1.json is of other settings" in capsys.readouterr().out
 
 
@@ -125,10 +89,10 @@ def test_results_that_are_lost_are_written_again_from_the_folder(checkouts, monk
     assert before["commit"] == "the code that ran"
     monkeypatch.setattr("era.environment.commit", lambda: "the code of today")
     (here.results / "plain_seed1.json").unlink()
-    assert here.study("--seeds", "1", "--resume") == 0 and here.started == []
+    assert here.study("--seeds", "1", "--resume") == 0 and list(here.started) == []
     assert json.loads((here.results / "plain_seed1.json").read_text()) == before
     assert here.study("--seeds", "1", "--fresh", "--variants", "plain") == 0
-    assert here.started == ["plain_seed1"]
+    assert list(here.started) == ["plain_seed1"]
 
 
 def test_what_needs_a_failed_teacher_is_skipped_by_name(checkouts, capsys):
@@ -145,7 +109,7 @@ def test_a_broken_result_stops_the_study_before_anything_runs(checkouts):
     (here.results / "teacher.json").write_text("<<<<<<< HEAD")
     with pytest.raises(UserError, match=r"teacher\.json is no result of a run"):
         here.study()
-    assert here.started == []
+    assert list(here.started) == []
 
 
 def test_help_says_that_it_goes_on():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 import yaml
 
 from era.errors import UserError
+from era.runs.unique_keys import UniqueKeysLoader
 
 PLAN_ENTRIES = (
-    *("title", "notes", "seeds", "schedules", "baseline", "compare", "results", "num_gpus", "runs"),
-)
+    "title", "notes", "seeds", "schedules", "baseline", "compare", "results", "num_gpus", "tune", "runs",
+)  # fmt: skip
+TUNE_ENTRIES = ("dataset", "seeds", "iterations", "tries")
 RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
 ROLES = ("student", "teacher")
 MAX_ITER = "SOLVER.MAX_ITER"  # the key that a schedule sets
+TEST = "DATASETS.TEST"
+SEEDS = "a list of different numbers from 0 on"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What is tried, on a split of its own, before the plan's runs: every student with each of its candidates."""
+
+    dataset: str  # registered name
+    seeds: tuple[int, ...]
+    candidates: dict[str, tuple[tuple[str, ...], ...]]  # student, without schedule -> overrides
+    tries: dict[str, tuple[Variant, ...]]  # the same students -> what is trained, a candidate each
+    tuned: dict[str, str]  # the plan's variants that a choice is for -> that student
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked plan."""
 
@@ -54,6 +69,7 @@ class Plan:
     variants: dict[str, Variant]
     results: Path | None = None  # folder below the repository's root in which results are kept
     num_gpus: int = 1  # of every run
+    tuning: Tuning | None = None
 
     @property
     def name(self) -> str:
@@ -114,8 +130,11 @@ def scheduled(variants: dict[str, Variant], schedules: dict[str, int]) -> dict[s
     return found
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, chosen: Mapping[str, Sequence[str]] | None = None) -> Plan:
     """Read a plan.
+
+    Args:
+        chosen: further overrides, ``[KEY, VALUE, ...]``, of students that were tuned.
 
     Raises:
         UserError: one sentence about the first mistake, with the file and the entry.
@@ -133,39 +152,15 @@ def read_plan(path: Path) -> Plan:
         raise UserError(
             f"the plan {path} is not YAML ({' '.join(str(e).split())}): correct it."
         ) from e
-    return _Reader(path).plan(value)
-
-
-class UniqueKeysLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses what it would read as the last of several entries of one name.
-
-    Entries that ``<<`` merges into a mapping may be named there again: they are defaults.
-    """
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """A mapping as it stands in the file, before anything is merged into it.
-
-        Raises:
-            UserError: a key stands in it twice.
-        """
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise UserError(
-                    f"{self.name}: {key.value} stands in line {lines[key.value]} and again in line {line} of the same "
-                    "mapping, where only the last would count: give one another name, or delete it."
-                )
-            lines[key.value] = line
-        return node
+    return _Reader(path, chosen or {}).plan(value)
 
 
 class _Reader:
     """Checks the values of one file; ``where`` names an entry as ``runs.student.weights``."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, chosen: Mapping[str, Sequence[str]]):
         self.file = file
+        self.chosen = chosen
 
     def plan(self, value: Any) -> Plan:
         plan = self.mapping(value, "the plan", PLAN_ENTRIES)
@@ -181,14 +176,11 @@ class _Reader:
         for name, reference in compare.items():
             self.one_of(name, "a name in compare", students)
             self.one_of(reference, f"compare.{name}", [s for s in students if s != name])
-        seeds = self.items(
-            plan.get("seeds", []), "seeds", int, "a list of different numbers from 0 on"
-        )
-        fits = len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
-        self.expect(fits, "seeds", seeds, "a list of different numbers from 0 on")
+        seeds = self.seeds(plan.get("seeds", []), "seeds")
         num_gpus = plan.get("num_gpus", 1)
         fits = type(num_gpus) is int and num_gpus > 0
         self.expect(fits, "num_gpus", num_gpus, "the number of GPUs of a run, from 1 on")
+        tuning = self.tuning(plan["tune"], variants) if "tune" in plan else None
         if "schedules" in plan:
             schedules = self.schedules(plan["schedules"], variants)
             count = sum(1 if v.is_teacher else len(schedules) for v in variants.values())
@@ -198,6 +190,12 @@ class _Reader:
             first = next(iter(schedules))
             baseline = f"{baseline}_{first}"
             compare = {f"{a}_{s}": f"{b}_{s}" for s in schedules for a, b in compare.items()}
+            if tuning is not None:
+                tuned = {f"{a}_{s}": b for s in schedules for a, b in tuning.tuned.items()}
+                tuning = replace(tuning, tuned=tuned)
+        for trial in (v.name for tries in (tuning.tries.values() if tuning else ()) for v in tries):
+            fits = trial not in variants
+            self.expect(fits, "the name of a run", trial, "another, for a try of tune has that one")
         return Plan(
             file=self.file,
             title=self.text(plan.get("title"), "title"),
@@ -208,7 +206,61 @@ class _Reader:
             variants=variants,
             results=self.results(plan["results"]) if "results" in plan else None,
             num_gpus=num_gpus,
+            tuning=tuning,
         )
+
+    def tuning(self, value: Any, variants: dict[str, Variant]) -> Tuning:
+        tune = self.mapping(value, "tune", TUNE_ENTRIES)
+        dataset = self.text(tune.get("dataset"), "tune.dataset")
+        seeds = self.seeds(tune.get("seeds", []), "tune.seeds")
+        self.expect(bool(seeds), "tune.seeds", seeds or None, SEEDS)
+        iterations = tune.get("iterations")
+        fits = type(iterations) is int and iterations > 0
+        self.expect(fits, "tune.iterations", iterations, "a number of iterations from 1 on")
+        split = (MAX_ITER, str(iterations), TEST, f"('{dataset}',)", "TEST.EVAL_PERIOD", "0")
+        candidates: dict[str, tuple[tuple[str, ...], ...]] = {}
+        tries: dict[str, tuple[Variant, ...]] = {}
+        for name, given in self.mapping(tune.get("tries"), "tune.tries").items():
+            where = f"tune.tries.{name}"
+            trained = [n for n, v in variants.items() if not v.evaluates and not v.is_teacher]
+            variant = variants[self.one_of(name, "a name in tune.tries", trained)]
+            fits = all(variants[source].is_teacher for source in variant.weights.values())
+            self.expect(fits, where, name, "a run whose weights come from a teacher alone")
+            fits = isinstance(given, list) and len(given) > 1
+            self.expect(fits, where, given, "a list of two or more mappings of overrides")
+            candidates[name] = tuple(self.overrides(overrides, where) for overrides in given)
+            for key in sum(candidates[name], ())[::2]:
+                self.expect(key not in (MAX_ITER, TEST), f"a key of {where}", key, "others, for tune and the plan set it")  # fmt: skip
+            first, *_ = candidates
+            count = len(candidates[first])
+            self.expect(len(given) == count, where, f"a list of {len(given)}", f"{count} as {first} has, for every run gets the same number of tries")  # fmt: skip
+            tries[name] = tuple(
+                replace(
+                    variant,
+                    name=f"{name}_try{number}",
+                    label=f"{variant.label}, try {number}",
+                    overrides=(*variant.overrides, *overrides, *split),
+                    pace=(),
+                )
+                for number, overrides in enumerate(candidates[name], start=1)
+            )
+        self.expect(bool(tries), "tune.tries", tries, "at least one run with its candidates")
+        tuned = {}
+        for name, variant in variants.items():
+            source = tuned.get(variant.evaluates or name, name)
+            if source in tries:
+                tuned[name] = source
+        return Tuning(dataset, tuple(seeds), candidates, tries, tuned)
+
+    def seeds(self, value: Any, where: str) -> list[int]:
+        seeds = self.items(value, where, int, SEEDS)
+        fits = len(set(seeds)) == len(seeds) and all(seed >= 0 for seed in seeds)
+        self.expect(fits, where, seeds, SEEDS)
+        return seeds
+
+    def overrides(self, value: Any, where: str) -> tuple[str, ...]:
+        found = self.mapping(value, where)
+        return tuple(text for key, override in found.items() for text in (key, str(override)))
 
     def schedules(self, value: Any, variants: dict[str, Variant]) -> dict[str, int]:
         found = self.mapping(value, "schedules")
@@ -234,9 +286,8 @@ class _Reader:
         where = f"runs.{name}"
         entry = self.mapping(value, where, RUN_ENTRIES)
         label = self.text(entry.get("label"), f"{where}.label")
-        overrides: list[str] = []
-        for key, override in self.mapping(entry.get("overrides", {}), f"{where}.overrides").items():
-            overrides += [key, str(override)]
+        overrides = self.overrides(entry.get("overrides", {}), f"{where}.overrides")
+        overrides += tuple(self.chosen.get(name, ()))
         if "evaluate" in entry:
             source = self.one_of(entry["evaluate"], f"{where}.evaluate", above)
             for other in ("config", "weights", "iterations", "role"):
@@ -266,7 +317,7 @@ class _Reader:
             name=name,
             label=label,
             config=self.text(entry.get("config"), f"{where}.config"),
-            overrides=tuple(overrides),
+            overrides=overrides,
             weights=weights,
             is_teacher=self.one_of(entry.get("role", ROLES[0]), f"{where}.role", ROLES)
             == "teacher",

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from era import environment
@@ -22,7 +23,7 @@ from era.runs.placement import check_gpus, usable_gpus
 from era.runs.plan import Run, make_runs
 from era.runs.results import Result, make_result, read_results, write_result
 from era.runs.schema import Plan, read_plan
-from era.study import equal_time
+from era.study import equal_time, tuning
 from era.study.figures import write_charts, write_curves
 from era.study.page import page, table
 from era.study.summary import summarise
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         UserError: options or a plan that do not fit, a folder that is not the study's, a result that is none.
     """
     args = argument_parser().parse_args(argv)
-    plan = read_plan(find_plan(args.study, root))
+    plan = read_plan(find_plan(args.study, root).resolve())
     output = (args.output or root / "output" / "study" / plan.name).expanduser().resolve()
     given = given_teacher(plan, args.teacher)
     if args.jobs is not None and args.jobs < 1:
@@ -84,17 +85,37 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
         raise UserError(f"--seeds is {args.seeds}: expected different numbers from 0 on.")
     os.chdir(root)
-    runs = make_runs(plan, output, seeds=args.seeds or (), only=args.variants, given=given)
-    check_gpus(runs, gpus)
+    make = partial(make_runs, output=output, only=args.variants, given=given)
+    runs = make(plan, seeds=args.seeds or ())
+    tries = (
+        make(tuning.tries_plan(plan), only=tuning.wanted(plan, args.variants))
+        if plan.tuning
+        else []
+    )
+    every = list({run.name: run for run in (*tries, *runs)}.values())  # teachers are in both
+    check_gpus(every, gpus)
+    train = partial(run_all, jobs=jobs, gpus=gpus, fresh=args.fresh)
     with (
-        prepare_folder(output, runs=runs, products=PRODUCTS, reuse=not args.fresh),
+        prepare_folder(output, runs=every, products=PRODUCTS, reuse=not args.fresh),
         interruptible(output, how="the same command goes on"),
     ):
-        for run in {run.config.DATASETS.dump(): run for run in runs}.values():
+        for run in {run.config.DATASETS.dump(): run for run in every}.values():
             check_data(run.config, for_training=True)  # makes the toy data, before all runs
-        results, problems = run_all(plan, runs, jobs=jobs, gpus=gpus, fresh=args.fresh)
+        choices, problems, waiting = [], {}, {}
+        if tries:
+            tuning.check_split(plan, runs)
+            print(
+                f"first {len(tries)} runs to choose from, then {len(runs)} to compare", flush=True
+            )
+            results, problems = train(plan, tries)
+            choices, missing = tuning.choose(plan, tries, results)
+            plan = read_plan(plan.file, {choice.student: choice.overrides for choice in choices})
+            runs, waiting = make(plan, seeds=args.seeds or ()), tuning.blocked(plan, missing)
+        results, failed = train(plan, [run for run in runs if run.variant not in waiting])
+        problems |= failed
+        problems |= {run.name: waiting[run.variant] for run in runs if run.variant in waiting}
         entries = summarise(plan, runs, results)
-        text = page(plan, entries, problems)
+        text = page(plan, entries, problems, choices)
         (output / "table.md").write_text(text, encoding="utf-8")
         write_curves(entries, output / "curves.svg")
         write_charts(entries, output / "charts.svg")
@@ -104,11 +125,12 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
             "machine": environment.machine(),
             "variants": [entry.as_dict() for entry in entries],
             "equal_time": equal_time.as_dict(entries),
+            "tuning": [choice.as_dict() for choice in choices],
             "missing": problems,
         }
         (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"\n{table(entries)}\n\nMore of it, and how it was counted: {output / 'table.md'}")
-    return tell_missing(runs, problems)
+    return tell_missing(len(every), problems)
 
 
 def run_all(
@@ -149,7 +171,7 @@ def run_all(
         jobs=jobs,
         cores=environment.usable_cores(),
         gpus=gpus,
-        reuse=not fresh,
+        reuse=True,  # what is to be done afresh was cleared away at the start
         known=known,
         go_on=True,
         on_finished=keep,
@@ -157,11 +179,11 @@ def run_all(
     return results, {name: state.problem for name, state in states.items() if state.problem}
 
 
-def tell_missing(runs: Sequence[Run], problems: Mapping[str, str]) -> int:
+def tell_missing(count: int, problems: Mapping[str, str]) -> int:
     """Say what failed; the exit status."""
     if not problems:
         return 0
-    print(f"\n{len(problems)} of {len(runs)} runs are missing:")
+    print(f"\n{len(problems)} of {count} runs are missing:")
     for name, why in problems.items():
         print(f"  {name}: {why}")
     return FAILED

@@ -8,7 +8,7 @@ from era.runs import tables
 from era.runs.metrics import AP_NAMES
 from era.runs.schema import Plan
 from era.runs.series import LAST_POINTS
-from era.study import equal_time
+from era.study import equal_time, tuning
 from era.study.interval import METHOD
 from era.study.summary import Entry
 
@@ -63,11 +63,17 @@ def size_table(entries: Sequence[Entry]) -> str:
     return tables.markdown(["variant", *AP_NAMES[1:]], rows)
 
 
-def page(plan: Plan, entries: Sequence[Entry], problems: Mapping[str, str]) -> str:
+def page(
+    plan: Plan,
+    entries: Sequence[Entry],
+    problems: Mapping[str, str],
+    choices: Sequence[tuning.Choice] = (),
+) -> str:
     """Everything for ``table.md``.
 
     Args:
         problems: why runs are missing, by their names.
+        choices: what was chosen before.
     """
     has_gpu = any(entry.median("gpu_mib") is not None for entry in entries)
     shares = {c.share: c for e in entries for c in e.charts if c.share in share_headings(entries)}
@@ -93,6 +99,7 @@ def page(plan: Plan, entries: Sequence[Entry], problems: Mapping[str, str]) -> s
         table(entries),
         size_table(entries),
         equal_time.table(entries),
+        tuning.table(plan, choices),
         listed,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
