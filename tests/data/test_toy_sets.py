@@ -14,9 +14,9 @@ SPEC = toy.ToySpec(train_images=5, val_images=3, image_size=64)
 
 @pytest.fixture
 def few(monkeypatch):
-    """The subset of few labels, made of two pictures so that a test is fast."""
-    two = dataclasses.replace(toy.NAMES["era_toy_train_200"], first=2)
-    monkeypatch.setitem(toy.NAMES, "era_toy_train_200", two)
+    """The subset of few labels, made of two pictures so that a test is fast; the rest are the others."""
+    for name, change in (("era_toy_train_200", {"first": 2}), ("era_toy_train_rest", {"skip": 2})):
+        monkeypatch.setitem(toy.NAMES, name, dataclasses.replace(toy.NAMES[name], **change))
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,17 @@ def test_the_first_pictures_of_training_are_a_set_without_copies(tmp_path, few):
     assert toy.NAMES["era_toy_train"].first is None
 
 
+def test_few_labels_and_the_rest_are_all_training_pictures(tmp_path, few):
+    every = DatasetCatalog.get("era_toy_train")
+    first, rest = (DatasetCatalog.get(f"era_toy_train_{name}") for name in ("200", "rest"))
+    assert (len(first), len(rest)) == (2, 3) and first + rest == every
+    assert any(record["annotations"] for record in rest)
+    coco = json.loads((tmp_path / "era_toy/annotations/train_rest.json").read_text())
+    assert coco["info"]["description"].endswith("; all but the first 2 pictures")
+
+
 def test_two_hundred_pictures_are_few_labels():
-    assert toy.NAMES["era_toy_train_200"].first == 200
+    assert toy.NAMES["era_toy_train_200"].first == toy.NAMES["era_toy_train_rest"].skip == 200
 
 
 def test_settings_are_chosen_on_pictures_of_their_own(tmp_path):
@@ -80,7 +89,10 @@ def test_another_spec_replaces_the_further_sets_too(tmp_path, few):
 def test_the_origin_of_a_set_names_no_place(tmp_path):
     origins = {name: toy.origin(name) for name in toy.NAMES}
     assert str(tmp_path) not in json.dumps(origins)
-    assert len({json.dumps(origin) for origin in origins.values()}) == 4
+    assert len({json.dumps(origin) for origin in origins.values()}) == 5
+    assert origins["era_toy_train_200"]["set"] == {  # what kept results were made from
+        "file": "train_200", "split": "train", "first": 200,
+    }  # fmt: skip
     toy.register(tmp_path / "elsewhere", SPEC)
     assert toy.origin("era_toy_train") == origins["era_toy_train"]
     toy.register(tmp_path, dataclasses.replace(SPEC, seed=1))

@@ -1,9 +1,9 @@
 """The generated toy dataset, in COCO format: ``era_toy_train``, ``era_toy_val``, and sets for questions.
 
-``era_toy_train_200`` is the first 200 training pictures (the same files; few labels), ``era_toy_tune``
-holds pictures of its own, in neither of the others, to choose loss weights on: what is reported on
-``era_toy_val`` then never took part in a choice. Both are added to the dataset's folder when they are
-first used, and change nothing that is there.
+``era_toy_train_200`` is the first 200 training pictures (the same files; few labels), ``era_toy_train_rest``
+the 1,400 others, to be used without their labels. ``era_toy_tune`` holds pictures of its own, in none of the
+others, to choose loss weights on: what is reported on ``era_toy_val`` then never took part in a choice.
+All three are added to the dataset's folder when they are first used, and change nothing that is there.
 
 Small pictures of textured shapes with occlusion, clutter and uneven light, made on first use, so
 that training, distillation and evaluation can be tried on any machine without a download. Boxes
@@ -37,13 +37,20 @@ class ToySet:
 
     file: str
     split: str  # the folder of its pictures
-    first: int | None = None  # how many pictures of the split, None = all
+    first: int | None = None  # up to which picture of the split, None = to the last
+    skip: int = 0  # so many pictures at the split's beginning are left out
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it holds pictures of a split that has a set of its own."""
+        return self.first is not None or self.skip > 0
 
 
 NAMES = {
     "era_toy_train": ToySet("train", "train"),
     "era_toy_val": ToySet("val", "val"),
     "era_toy_train_200": ToySet("train_200", "train", first=200),
+    "era_toy_train_rest": ToySet("train_rest", "train", skip=200),
     "era_toy_tune": ToySet("tune", "tune"),
 }
 BASE = ("train", "val")  # splits that are made at once; the rest follows when it is asked for
@@ -62,7 +69,10 @@ def _fingerprint(spec: ToySpec) -> str:
 def origin(name: str) -> dict:
     """What the content of a registered toy set follows from, the same on every machine."""
     made_from = json.loads(_fingerprint(_SOURCES[name][1]))
-    return made_from | {"set": dataclasses.asdict(NAMES[name])}
+    of = dataclasses.asdict(NAMES[name])
+    if not of["skip"]:  # younger than the results that are kept: a set without it is what it was
+        del of["skip"]
+    return made_from | {"set": of}
 
 
 def _write_image(path: Path, image: np.ndarray, quality: int) -> None:
@@ -112,13 +122,14 @@ def _write_split(folder: Path, spec: ToySpec, split: str) -> None:
     (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco))
 
 
-def _write_first(folder: Path, whole: Path, wanted: ToySet) -> None:
-    """Annotations of the first pictures of a split, whose own are ``whole``; ids stay as they are there."""
+def _write_part(folder: Path, whole: Path, wanted: ToySet) -> None:
+    """Annotations of a part of a split, whose own are ``whole``; ids stay as they are there."""
     coco = json.loads(whole.read_text())
-    coco["images"] = coco["images"][: wanted.first]
+    coco["images"] = coco["images"][wanted.skip : wanted.first]
     ids = {image["id"] for image in coco["images"]}
     coco["annotations"] = [found for found in coco["annotations"] if found["image_id"] in ids]
-    coco["info"]["description"] += f"; the first {wanted.first} pictures"
+    what = f"all but the first {wanted.skip}" if wanted.skip else f"the first {wanted.first}"
+    coco["info"]["description"] += f"; {what} pictures"
     (folder / "annotations").mkdir(parents=True)
     (folder / "annotations" / f"{wanted.file}.json").write_text(json.dumps(coco))
 
@@ -153,8 +164,8 @@ def _extend(root: Path, spec: ToySpec, wanted: ToySet) -> None:
         if (folder / name).is_file() or not folders.is_current(folder, _fingerprint(spec)):
             return
         logger.info("adding %s to %s ...", wanted.file, folder)
-        if wanted.first is not None:
-            _write_first(fresh, folder / "annotations" / f"{wanted.split}.json", wanted)
+        if wanted.is_part:
+            _write_part(fresh, folder / "annotations" / f"{wanted.split}.json", wanted)
         else:
             _write_split(fresh, spec, wanted.split)
             folders.replace(fresh / wanted.split, folder / wanted.split)
