@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from era.addresses import check_bases, is_remote
 from era.errors import UserError
-from era.registry import METHOD_REGISTRY, is_distiller, methods_of
+from era.registry import METHOD_REGISTRY, is_distiller, label_free_methods, methods_of
 
 CHANNELS_LAST = ("auto", "always", "never")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
@@ -38,6 +38,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # report it apart): none, heads (all that follows the FPN), or fpn_and_heads. Needs parts of equal
     # shape. Not repeated when resuming.
     _C.MODEL.DISTILLER.INIT_STUDENT = "none"
+    # On pictures without labels the teacher's detections of at least this score, 0 to 1, choose which anchors
+    # and proposals the methods look at, as ground truth does elsewhere. No loss is taken against them.
+    _C.MODEL.DISTILLER.PSEUDO_SCORE = 0.5
 
     # ---- The teacher: a config file, weights, overrides ----------------------------------------
     _C.MODEL.TEACHER = CfgNode()
@@ -65,6 +68,15 @@ def add_era_config(cfg: CfgNode) -> None:
     # Datasets of one's own in COCO format: [[name, annotation file, image folder], ...]; use the names
     # in DATASETS.TRAIN and DATASETS.TEST.
     _C.DATASETS.COCO_FORMAT = []
+    # Folders of pictures as sets without annotations: [[name, folder], ...]; the .jpg, .jpeg and .png files of
+    # each (not of folders inside), by name. Use the names in DATASETS.UNLABELED.
+    _C.DATASETS.IMAGE_FOLDERS = []
+    # Sets whose pictures a distiller also sees, without labels: annotations that they have are ignored.
+    # Losses that need no ground truth are taken on them; the student's own are not. () = none.
+    _C.DATASETS.UNLABELED = ()
+    # How many of the SOLVER.IMS_PER_BATCH pictures of an optimiser step come from DATASETS.UNLABELED; at least 1
+    # and fewer than all, in equal parts for every process and accumulated batch. Only read if UNLABELED names sets.
+    _C.SOLVER.UNLABELED_PER_BATCH = 0
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
 
@@ -183,6 +195,8 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: expected one of {', '.join(AMP_DTYPES)}."
         )
+    if len(cfg.DATASETS.UNLABELED) > 0:
+        _check_unlabeled(cfg)
     if not is_distiller(cfg):
         return
     keys = cfg.MODEL.DISTILLER
@@ -190,6 +204,10 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"MODEL.DISTILLER.INIT_STUDENT is {keys.INIT_STUDENT!r}: expected one of "
             f"{', '.join(INHERITANCE)}."
+        )
+    if not 0.0 <= keys.PSEUDO_SCORE <= 1.0:
+        raise UserError(
+            f"MODEL.DISTILLER.PSEUDO_SCORE is {keys.PSEUDO_SCORE}: expected a score from 0 to 1; set it so."
         )
     if len(keys.METHODS) == 0 and keys.INIT_STUDENT == INHERIT_NOTHING:
         raise UserError(
@@ -204,6 +222,30 @@ def validate_config(cfg: CfgNode) -> None:
         )
     for method in methods_of(cfg).values():
         method.check_config(cfg)
+
+
+def _check_unlabeled(cfg: CfgNode) -> None:
+    """``DATASETS.UNLABELED`` and its part of a batch fit the run."""
+    names = f"DATASETS.UNLABELED names {list(cfg.DATASETS.UNLABELED)}"
+    if not is_distiller(cfg):
+        raise UserError(
+            f"{names}, and MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: only a Distiller learns "
+            "from pictures without labels; leave the list empty, or distil."
+        )
+    if not label_free_methods(cfg):
+        raise UserError(
+            f"{names}, and no method of MODEL.DISTILLER.METHODS {list(cfg.MODEL.DISTILLER.METHODS)} has, with "
+            "these weights, a loss that needs no labels: leave the list empty, or switch such a loss on."
+        )
+    count, total, steps = (
+        cfg.SOLVER[key] for key in ("UNLABELED_PER_BATCH", "IMS_PER_BATCH", "ACCUMULATION_STEPS")
+    )
+    if not 1 <= count < total or count % steps:
+        raise UserError(
+            f"SOLVER.UNLABELED_PER_BATCH is {count}, and {names}: expected at least 1 and fewer than "
+            f"SOLVER.IMS_PER_BATCH ({total}), in equal parts for SOLVER.ACCUMULATION_STEPS {steps}; set it so, or "
+            "leave the list empty."
+        )
 
 
 def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:

@@ -46,6 +46,11 @@ def methods_of(cfg: CfgNode) -> dict[str, type]:
     return found
 
 
+def label_free_methods(cfg: CfgNode) -> tuple[str, ...]:
+    """Lower-case names of the run's methods that have losses without ground truth, see ``Needs.labels``."""
+    return tuple(name for name, method in methods_of(cfg).items() if not method.needs(cfg).labels)
+
+
 def set_alpha(cfg: CfgNode, alpha: float) -> None:
     """Set how far inference leans on the teacher, in every method of the run that has such a key.
 

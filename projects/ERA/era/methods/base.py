@@ -21,10 +21,13 @@ class Needs:
     Attributes:
         teacher: whether training needs the teacher; an online method does without.
         teacher_at_inference: whether the trained model detects with parts of the teacher.
+        labels: whether every loss needs ground truth. A method with losses that need none says False, and is
+            then also given steps whose ``labeled`` is False (``DATASETS.UNLABELED``).
     """
 
     teacher: bool = True
     teacher_at_inference: bool = False
+    labels: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ class Method(nn.Module):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Weighted losses by name, ``loss_<method>_<term>``; their sum is added to the student's.
+
+        On a step whose ``labeled`` is False, which only a method without ``Needs.labels`` is given, those terms
+        that need no ground truth. Each is a mean over images: the frame takes that over a batch's two parts.
 
         Statistics belong in the event storage, never in this dict: the trainer sums all of it.
         """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32, mse
-from era.methods.base import Method, check_levels, check_weights
+from era.methods.base import Method, Needs, check_levels, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
@@ -76,6 +76,11 @@ class PKD(Method):
         check_weights({"MODEL.PKD.WEIGHT": cfg.MODEL.PKD.WEIGHT})
         if not cfg.MODEL.PKD.LEVELS:
             raise UserError("MODEL.PKD.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
+
+    @classmethod
+    def needs(cls, cfg: CfgNode) -> Needs:
+        """The teacher, and no labels."""
+        return Needs(labels=cfg.MODEL.PKD.WEIGHT == 0)
 
     @configurable
     def __init__(self, *, levels: list[str], weight: float, channels: tuple[int, int]):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from era.config import INHERIT_HEADS, INHERIT_NOTHING, student_config, validate_config
@@ -15,7 +17,8 @@ from era.errors import UserError
 from era.modeling.detectors import Detector, detector_of
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
-from era.registry import methods_of
+from era.modeling.unlabeled import mean_over_images, pseudo_labels, split_by_labels
+from era.registry import label_free_methods, methods_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,18 @@ class Distiller(nn.Module):
     forward is Detectron2's own, undisturbed. The teacher is not a submodule, so the optimiser, DDP, the
     checkpoints and ``train()`` never reach it; it follows ``to()``.
 
+    Inputs that say ``"unlabeled": True`` have no ground truth and give the methods a step of their own. The
+    student's own losses, and whatever else needs ground truth, are those of the other inputs alone. A loss of a
+    method on both parts is their mean over all images. Two parts are two forwards of the student: each is
+    normalised by its own batch statistics and both move BatchNorm's running ones, the labelled part first.
+
     Args:
         student: a stock model of a known family.
         teacher: the frozen teacher; None if no method needs one.
         methods: distillation methods by lower-case name; none means a plain student.
+        label_free: names of those that have losses without ground truth.
+        pseudo_score: the teacher's detections of at least this score choose anchors and proposals on pictures
+            without labels, in the place of the ground truth; no loss is taken against them.
 
     Raises:
         UserError: more than one method brings its own detector.
@@ -45,12 +56,16 @@ class Distiller(nn.Module):
         student: nn.Module,
         teacher: Teacher | None = None,
         methods: nn.ModuleDict | None = None,
+        label_free: Sequence[str] = (),
+        pseudo_score: float = 0.5,
     ):
         super().__init__()
         self.student = student
         self.methods = methods if methods is not None else nn.ModuleDict()
         self.detector = detector_of(student)
         self._teacher = (teacher,)
+        self.label_free = tuple(label_free)
+        self.pseudo_score = pseudo_score
         own = [name for name, m in self.methods.items() if m.detector(self.detector) is not None]
         if len(own) > 1:
             raise UserError(
@@ -81,7 +96,13 @@ class Distiller(nn.Module):
             methods = nn.ModuleDict(
                 {name: method(cfg, detector, teacher) for name, method in methods_of(cfg).items()}
             )
-        return {"student": student, "teacher": teacher, "methods": methods}
+        return {
+            "student": student,
+            "teacher": teacher,
+            "methods": methods,
+            "label_free": label_free_methods(cfg),
+            "pseudo_score": cfg.MODEL.DISTILLER.PSEUDO_SCORE,
+        }
 
     @property
     def teacher(self) -> Teacher | None:
@@ -108,19 +129,49 @@ class Distiller(nn.Module):
             return self.inference(batched_inputs)
         if len(self.methods) == 0:
             return self.student(batched_inputs)
+        labeled, unlabeled = split_by_labels(batched_inputs)
         with self.detector.record() as recording:
-            losses = self.student(batched_inputs)
-        step = Step(batched_inputs, recording, self.detector, self.teacher)
+            losses = self.student(labeled)
+        step = Step(labeled, recording, self.detector, self.teacher)
         losses.update(self._reweighted(step))
-        for name, method in self.methods.items():
-            for key, loss in method.losses(step).items():
-                if key in losses or not key.startswith(f"loss_{name}_"):
+        terms = self._losses_of_methods(step, self.methods, losses)
+        if unlabeled:
+            with get_event_storage().name_scope("unlabeled"):  # apart from the student's statistics
+                step = self._unlabeled_step(unlabeled)
+                others = self._losses_of_methods(step, self.label_free, losses)
+            terms = mean_over_images(terms, others, (len(labeled), len(unlabeled)))
+        return {**losses, **terms}
+
+    def _losses_of_methods(
+        self, step: Step, names: Iterable[str], taken: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the methods of these names say of a step; ``taken`` are names that no loss may have."""
+        losses: dict[str, Tensor] = {}
+        for name in names:
+            for key, loss in self.methods[name].losses(step).items():
+                if key in taken or key in losses or not key.startswith(f"loss_{name}_"):
                     raise ValueError(
                         f"method {name} returns the loss {key!r}: expected a name of its own, "
                         f"loss_{name}_<term>, that no other loss of the step has"
                     )
                 losses[key] = loss
         return losses
+
+    def _unlabeled_step(self, batched_inputs: list[dict]) -> Step:
+        """The student's forward on pictures without labels, with anchors and proposals sampled by what the teacher
+        detects; its losses are dropped, and the ROI heads say nothing but classes and boxes."""
+        size = tuple(self.student.preprocess_image(batched_inputs).tensor.shape[-2:])
+        detections, maps = self.teacher.detect_with_maps(batched_inputs, size)
+        truth = [pseudo_labels(found, self.pseudo_score) for found in detections]
+        get_event_storage().put_scalar("pseudo_boxes", sum(map(len, truth)) / len(truth))
+        inputs = [
+            {**item, "instances": own} for item, own in zip(batched_inputs, truth, strict=True)
+        ]
+        with self.detector.boxes_alone(), self.detector.record() as recording:
+            self.student(inputs)
+        return Step(
+            batched_inputs, recording, self.detector, self.teacher, labeled=False, teacher_maps=maps
+        )
 
     def _reweighted(self, step: Step) -> dict[str, Tensor]:
         """The student's own losses that methods weight, by name; weights of several are multiplied."""
@@ -164,11 +215,12 @@ class Distiller(nn.Module):
 
 def needs_teacher(cfg: CfgNode) -> bool:
     """Whether a distiller of this config trains with a teacher: a method needs it, or the student starts from
-    it, or it is evaluated beside the student."""
+    it, it is evaluated beside the student, or there are pictures without labels."""
     return (
         any(method.needs(cfg).teacher for method in methods_of(cfg).values())
         or cfg.MODEL.DISTILLER.INIT_STUDENT != INHERIT_NOTHING
         or cfg.TEST.EVAL_TEACHER
+        or len(cfg.DATASETS.UNLABELED) > 0
     )
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from era.modeling.detectors import Detector, Predictions, Recording, TaskLoss
-from era.modeling.teacher import Teacher
+from era.modeling.teacher import Teacher, aligned
 
 
 @dataclass
@@ -21,17 +21,24 @@ class Step:
         student: what the student's own forward produced.
         detector: the student.
         teacher: the frozen teacher; None if no method of the run needs one.
+        labeled: whether there is ground truth. If not, what the recording calls ground truth is what the teacher
+            detects: it chose the samples as in plain training, and no loss may look at it.
+        teacher_maps: the teacher's own maps, not cut, where they are there already.
     """
 
     batched_inputs: list[dict]
     student: Recording
     detector: Detector
     teacher: Teacher | None = None
+    labeled: bool = True
+    teacher_maps: dict[str, Tensor] | None = None
 
     @cached_property
     def teacher_features(self) -> dict[str, Tensor]:
         """The teacher's FPN maps of the same images, level name to (B, C_T, H, W), no gradient; height and
         width equal the student's."""
+        if self.teacher_maps is not None:
+            return aligned(self.teacher_maps, self.student.features)
         size = tuple(self.student.images.tensor.shape[-2:])
         return self.teacher.features(self.batched_inputs, self.student.features, size)
 
@@ -43,5 +50,11 @@ class Step:
 
     @cached_property
     def task_losses(self) -> dict[str, TaskLoss]:
-        """The student's own losses sample by sample, see :meth:`Detector.task_losses`."""
+        """The student's own losses sample by sample, see :meth:`Detector.task_losses`.
+
+        Raises:
+            ValueError: there is no ground truth.
+        """
+        if not self.labeled:
+            raise ValueError("a step without labels has no task losses")
         return self.detector.task_losses(self.student)

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from detectron2.structures import ImageList
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.checkpoint.reading import load_exactly
@@ -154,21 +154,28 @@ class Teacher(nn.Module):
         Raises:
             ValueError: a teacher's map is smaller than the student's (strides differ).
         """
+        return aligned(self._maps(self.preprocess(batched_inputs, *image_size)), like)
+
+    @torch.no_grad()
+    def detect_with_maps(
+        self, batched_inputs: list[dict], image_size: tuple[int, int]
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """The teacher's own detections of boxes, and the FPN maps that it found them on, for :func:`aligned`.
+
+        Args:
+            image_size: as in :meth:`features`.
+
+        Returns:
+            One :class:`Instances` an image as :meth:`Detector.detect_on` has them, in pixels of the student's
+            input; and level name to (B, C_T, H, W), not cut.
+        """
         images = self.preprocess(batched_inputs, *image_size)
-        features = {}
-        tensor = images.tensor.contiguous(memory_format=self.memory_format)
-        for level, value in self._backbone[0](tensor).items():
-            if level not in like:
-                continue
-            height, width = like[level].shape[-2:]
-            if value.shape[-2] < height or value.shape[-1] < width:
-                raise ValueError(
-                    f"level {level}: teacher {tuple(value.shape[-2:])} is smaller than the student's "
-                    f"{(height, width)}"
-                )
-            # once: pooling needs it so, and the losses are faster on the student's layout
-            features[level] = value[..., :height, :width].contiguous()
-        return features
+        maps = self._maps(images)
+        with self.detector.boxes_alone():
+            return self.detector.detect_on(maps, images), maps
+
+    def _maps(self, images: ImageList) -> dict[str, Tensor]:
+        return self._backbone[0](images.tensor.contiguous(memory_format=self.memory_format))
 
     @torch.no_grad()
     def predict(self, features: dict[str, Tensor], samples: object) -> Predictions:
@@ -181,6 +188,29 @@ class Teacher(nn.Module):
         if self.flip_channels:
             batched_inputs = [{**item, "image": item["image"].flip(0)} for item in batched_inputs]
         return self.detector.detect(batched_inputs)
+
+
+def aligned(maps: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A teacher's maps at the levels of the student's, cut to their height and width, contiguous.
+
+    Padding is at the bottom and right, so a cut keeps alignment.
+
+    Raises:
+        ValueError: a teacher's map is smaller than the student's (strides differ).
+    """
+    features = {}
+    for level, value in maps.items():
+        if level not in like:
+            continue
+        height, width = like[level].shape[-2:]
+        if value.shape[-2] < height or value.shape[-1] < width:
+            raise ValueError(
+                f"level {level}: teacher {tuple(value.shape[-2:])} is smaller than the student's "
+                f"{(height, width)}"
+            )
+        # once: pooling needs it so, and the losses are faster on the student's layout
+        features[level] = value[..., :height, :width].contiguous()
+    return features
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

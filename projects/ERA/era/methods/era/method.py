@@ -158,8 +158,11 @@ class ERA(Method):
 
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
-        """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0."""
-        return Needs(teacher_at_inference=cfg.MODEL.ERA.ALPHA > 0)
+        """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0. Labels if TWI alone is on."""
+        era = cfg.MODEL.ERA
+        free = (era.FEATURE_WEIGHT, era.RESIDUAL_WEIGHT, era.KD_WEIGHT,
+                era.TWI.SOFT_RPN_WEIGHT, era.TWI.SOFT_ROI_WEIGHT)  # fmt: skip
+        return Needs(teacher_at_inference=era.ALPHA > 0, labels=not any(w > 0 for w in free))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
@@ -257,7 +260,7 @@ class ERA(Method):
         return self._teacher[0]
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        """The ERA losses, weighted, each present only if its weight is above 0:
+        """The ERA losses, weighted, each present only if its weight is above 0, and TWI's only with labels:
 
         - ``loss_era_feature`` = w_f * MSE(e_0, sg F_T);
         - ``loss_era_residual`` = (w_r / N) * sum_i s_i * MSE(d_i, sg(F_T - e_{i-1}));
@@ -323,7 +326,7 @@ class ERA(Method):
                 target,
                 step.student,
                 samples_per_image=self.samples_per_image,
-                hard=part in self.judged_parts,
+                hard=step.labeled and part in self.judged_parts,
                 soft=self.soft if part in self.soft.parts else None,
             )
             terms |= {f"{kind}_{part}": loss for kind, loss in found.items()}

@@ -21,7 +21,8 @@ class TeacherDeviation(nn.Module):
 
     The variance is the mean over B, H, W (padding included) around the channel's mean in the batch, averaged
     over the first ``1 / momentum`` batches and from then on exponentially with weight ``momentum`` for the newest.
-    It comes from the teacher alone: no gradient, nothing to train, and the batch in hand counts too.
+    It comes from the teacher alone: no gradient, nothing to train, and the batch in hand counts too; a batch's
+    pictures without labels are a batch of their own.
 
     With several processes the batch's variance is the mean of every process's own (one all-reduce of levels
     x channels numbers a step), so all of them scale by the same numbers, and any may save them.

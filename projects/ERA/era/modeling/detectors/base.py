@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
@@ -102,6 +103,11 @@ class Detector(ABC):
         The model's own ``forward`` runs unchanged, so its losses are those of plain training. Nothing is
         left on the model, also when the forward fails.
         """
+
+    @abstractmethod
+    def boxes_alone(self) -> AbstractContextManager[None]:
+        """Inside, heads that say more of an object than class and box (masks, keypoints) do not run, in training
+        and inference: their losses and outputs are not there, and their ground truth is not needed."""
 
     @abstractmethod
     def predict(self, features: dict[str, Tensor], samples: object) -> Predictions:
@@ -280,6 +286,18 @@ class Detector(ABC):
     def detect(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list:
         """Detections of an eval-mode model: a dict with ``instances`` an image, in pixels of the original
         image, or without postprocessing raw :class:`Instances` in pixels of the input."""
+
+    @abstractmethod
+    def detect_on(self, features: dict[str, Tensor], images: ImageList) -> list[Instances]:
+        """What the heads of an eval-mode model detect on its own feature maps.
+
+        Args:
+            features: level name to (B, C, H, W), all levels of the backbone.
+            images: the batch that they were computed from.
+
+        Returns:
+            ``pred_boxes``, ``scores`` and ``pred_classes`` an image, boxes in pixels of the batch.
+        """
 
     @property
     @abstractmethod

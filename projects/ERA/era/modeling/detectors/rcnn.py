@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -161,6 +161,17 @@ class RCNN(Detector):
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def boxes_alone(self) -> Iterator[None]:
+        """``mask_on`` and ``keypoint_on`` of the ROI heads are off."""
+        heads = self.model.roi_heads
+        before = heads.mask_on, heads.keypoint_on
+        heads.mask_on = heads.keypoint_on = False
+        try:
+            yield
+        finally:
+            heads.mask_on, heads.keypoint_on = before
+
     def predict(self, features: dict[str, Tensor], samples: list[Instances]) -> Predictions:
         """Class logits (R, K + 1) and box deltas (R, 4K or 4) of the box head on given proposals."""
         heads = self.model.roi_heads
@@ -281,6 +292,11 @@ class RCNN(Detector):
     def detect(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list:
         """``GeneralizedRCNN.inference``."""
         return self.model.inference(batched_inputs, do_postprocess=do_postprocess)
+
+    def detect_on(self, features: dict[str, Tensor], images: ImageList) -> list[Instances]:
+        """RPN, then ROI heads, as ``GeneralizedRCNN.inference`` after its backbone."""
+        proposals, _ = self.model.proposal_generator(images, features, None)
+        return self.model.roi_heads(images, features, proposals, None)[0]
 
     @property
     def thresholds(self) -> dict[str, float | int]:

@@ -129,7 +129,7 @@ class FastTerms:
         self, part: str, estimates: FactoredEstimates, weights: list[float], step: Step
     ) -> dict[str, Tensor]:
         """As :func:`era.methods.era.twi.judgements`: by the fast heads what they know, the rest as defined."""
-        hard, soft = part in self.judged_parts, part in self.soft.parts
+        hard, soft = step.labeled and part in self.judged_parts, part in self.soft.parts
         target, found = step.teacher_features, {}
         fast_hard = hard and self.heads is not None and self.heads.knows(part)
         fast_soft = soft and self.heads is not None and self.heads.knows_soft(part)
