@@ -301,7 +301,12 @@ def test_what_cannot_be_written_is_told(tmp_path):
 def make_cfg(train=(), test=(), coco_format=()):
     return CfgNode(
         {
-            "DATASETS": {"TRAIN": train, "TEST": test, "COCO_FORMAT": list(coco_format)},
+            "DATASETS": {
+                "TRAIN": train,
+                "TEST": test,
+                "COCO_FORMAT": list(coco_format),
+                "IMAGE_FOLDERS": [],
+            },
             "MODEL": {"MASK_ON": False},
             "INPUT": {"MASK_FORMAT": "polygon"},
         }
@@ -354,10 +359,10 @@ def test_own_data_by_config(tmp_path, good):
     ("entries", "words"),
     [
         ("coco.json", "COCO_FORMAT is 'coco.json'.*list of"),
-        ([["my_set", "a.json"]], r"COCO_FORMAT\[0\].*three non-empty strings"),
-        ([["my_set", "a.json", ""]], r"COCO_FORMAT\[0\].*three non-empty strings"),
-        (["my_set"], r"COCO_FORMAT\[0\] is 'my_set'.*three non-empty strings"),
-        ([["my_set", "a.json", 5]], r"COCO_FORMAT\[0\].*three non-empty strings"),
+        ([["my_set", "a.json"]], r"COCO_FORMAT\[0\].*3 non-empty strings"),
+        ([["my_set", "a.json", ""]], r"COCO_FORMAT\[0\].*3 non-empty strings"),
+        (["my_set"], r"COCO_FORMAT\[0\] is 'my_set'.*3 non-empty strings"),
+        ([["my_set", "a.json", 5]], r"COCO_FORMAT\[0\].*3 non-empty strings"),
         # Names that are taken: by Detectron2, by this project, by another triple.
         ([["coco_2017_val", "a.json", "im"]], "coco_2017_val.*already belongs.*another name"),
         ([["era_toy_val", "a.json", "im"]], "era_toy_val.*already belongs.*another name"),

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from builders import REPO, TINY, TINY_TEACHER, run_tool, tiny_model
+from PIL import Image
 
 from era.engine.launch import train_net
 from era.errors import UserError
@@ -24,7 +25,10 @@ def files(tmp_path_factory):
     (folder / "noise.pth").write_bytes(b"this is no checkpoint")
     (folder / "noise.json").write_text("[1, 2")
     (folder / "list.json").write_text("[1, 2]")
-    (folder / "images").mkdir()
+    for name in ("images", "broken", "photos"):
+        (folder / name).mkdir()
+    (folder / "broken" / "a.jpg").write_bytes(b"this is no picture")
+    Image.new("RGB", (40, 30)).save(folder / "photos" / "a.png")
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 25, "iscrowd": 0}
     coco = {
         "images": [{"id": 1, "file_name": "absent.jpg", "height": 9, "width": 9}],
@@ -46,6 +50,16 @@ def teacher(*opts):
 def own_data(annotations):
     return ["DATASETS.COCO_FORMAT", f"[['own_{annotations}', 'FILES/{annotations}', 'FILES/images']]",
             "DATASETS.TRAIN", f"('own_{annotations}',)"]  # fmt: skip
+
+
+def without_labels(*opts, names=("era_toy_tune",), count=1):
+    return ["DATASETS.UNLABELED", str(names), "SOLVER.UNLABELED_PER_BATCH", count, *opts]
+
+
+def photos(folder, *opts, name=""):
+    name = name or f"own_{folder}"
+    folders = ["DATASETS.IMAGE_FOLDERS", f"[['{name}', 'FILES/{folder}']]"]
+    return without_labels(*folders, *opts, names=(name,))
 
 
 # what is wrong: (overrides, words of the sentence); FILES stands for the folder above
@@ -127,6 +141,36 @@ CASES = {
     "no usable image": (own_data("no_image.json"), ["own"]),
     "unknown dataset": (["DATASETS.TRAIN", "('nowhere',)"], ["nowhere", "DATASETS.COCO_FORMAT"]),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
+    "pictures without labels, and how many is not said": (
+        without_labels(count=0), ["SOLVER.UNLABELED_PER_BATCH is 0", "era_toy_tune", "SOLVER.IMS_PER_BATCH (2)"]),
+    "no labelled picture left": (without_labels(count=2), ["SOLVER.UNLABELED_PER_BATCH is 2"]),
+    "pictures without labels that accumulated batches cannot share": (
+        without_labels("SOLVER.ACCUMULATION_STEPS", 2), ["UNLABELED_PER_BATCH is 1", "ACCUMULATION_STEPS 2"]),
+    "pictures without labels and a reference that does not divide": (
+        without_labels("SOLVER.REFERENCE_WORLD_SIZE", 2),
+        ["SOLVER.UNLABELED_PER_BATCH is 1", "SOLVER.REFERENCE_WORLD_SIZE 2"]),
+    "pictures without labels for a plain student": (
+        without_labels("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+        ["DATASETS.UNLABELED", "MODEL.META_ARCHITECTURE is GeneralizedRCNN", "Distiller"]),
+    "pictures without labels where every loss needs them": (
+        without_labels("MODEL.ERA.FEATURE_WEIGHT", 0.0, "MODEL.ERA.RESIDUAL_WEIGHT", 0.0),
+        ["DATASETS.UNLABELED", "MODEL.DISTILLER.METHODS ['ERA']", "no labels"]),
+    "an unknown set without labels": (
+        without_labels(names=("nowhere",)), ["DATASETS.UNLABELED", "nowhere", "DATASETS.IMAGE_FOLDERS"]),
+    "pictures without labels that are tested on": (
+        without_labels(names=("era_toy_val",)), ["DATASETS.UNLABELED", "000000.jpg", "DATASETS.TEST"]),
+    "a score that is none": (["MODEL.DISTILLER.PSEUDO_SCORE", "1.5"], ["PSEUDO_SCORE is 1.5"]),
+    "a folder of pictures that is absent": (
+        photos("none"), ["DATASETS.IMAGE_FOLDERS", "FILES/none", "'own_none'", "correct its path"]),
+    "a folder without pictures": (photos("images"), ["FILES/images", "no picture", ".png"]),
+    "a picture that is none": (photos("broken"), ["FILES/broken/a.jpg", "cannot be read", "remove it"]),
+    "a folder of pictures as labelled data": (
+        photos("photos", "DATASETS.TRAIN", "('own_photos',)"),
+        ["DATASETS.TRAIN names 'own_photos'", "without annotations", "DATASETS.UNLABELED"]),
+    "a folder with a name that is taken": (
+        photos("photos", name="era_toy_val"), ["DATASETS.IMAGE_FOLDERS[0]", "already belongs to another"]),
+    "a folder without a name": (
+        ["DATASETS.IMAGE_FOLDERS", "[['FILES/photos']]"], ["IMAGE_FOLDERS[0]", "2 non-empty strings", "folder]"]),
     "output folder is a file": (["OUTPUT_DIR", "FILES/a_file/run"], ["OUTPUT_DIR", "a_file"]),
     "output folder that cannot be written": (["OUTPUT_DIR", "/proc/era"], ["OUTPUT_DIR", "/proc"]),
     "student weights absent": (["MODEL.WEIGHTS", "FILES/nowhere.pth"], ["weights", "nowhere.pth"]),
@@ -183,6 +227,11 @@ def test_config_files(config, words, files, tmp_path):
         (["--num-gpus", "0"], [], ["--num-gpus"]),
         (["--num-gpus", "2"], ["MODEL.ERA.NORM", "SyncBN"], ["MODEL.ERA.NORM", "SyncBN"]),
         (["--num-gpus", "2"], ["SOLVER.IMS_PER_BATCH", "3"], ["SOLVER.IMS_PER_BATCH", "3"]),
+        (
+            ["--num-gpus", "2"],
+            ["SOLVER.IMS_PER_BATCH", "4", *without_labels()],
+            ["SOLVER.UNLABELED_PER_BATCH is 1", "2 process(es)"],
+        ),
     ],
 )
 def test_flags_that_do_not_fit(flags, opts, words, files, tmp_path):

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from PIL import Image
 
 from era import compat
 from era.engine.launch import argument_parser, launch_processes, train_net
@@ -43,6 +44,27 @@ def test_two_processes_through_the_command_line(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "World size: 2" in done.stdout
     assert (tmp_path / "run" / "student" / "model_final.pth").exists()
+
+
+def test_a_picture_that_one_process_cannot_read_stops_all(tiny_data, tmp_path):
+    """Its head is whole, so that it is met in training; whichever process meets it says so."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        noise = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(photos / name)
+    broken = photos / "b.png"
+    broken.write_bytes(broken.read_bytes()[:-3000])
+    done = run_tool(
+        "train_net.py", "--num-gpus", "2",
+        *cli(tiny_data, tmp_path / "run", "SOLVER.MAX_ITER", "50", "SOLVER.IMS_PER_BATCH", "4",
+             "DATASETS.IMAGE_FOLDERS", f"[['photos', '{photos}']]", "DATASETS.UNLABELED", "('photos',)",
+             "SOLVER.UNLABELED_PER_BATCH", "2"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors and all(f"the picture {broken} cannot be read (" in line for line in errors)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_that_is_taken_in_between(monkeypatch):

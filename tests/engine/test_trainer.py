@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, DefaultTrainer, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from PIL import Image
 
 from era.engine.evaluation import evaluate
 from era.engine.launch import argument_parser, train_net
@@ -160,12 +161,15 @@ ALL_SAMPLED = [
     "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.ERA.NORM", "GN", "MODEL.ERA.KD_WEIGHT", "1.0",
 ]  # fmt: skip
 IMAGES = batch((2, 2), seed=4)
+# The teacher detects nothing on them, so that as many proposals come from each.
+NOTHING_DETECTED = ["MODEL.DISTILLER.PSEUDO_SCORE", "1.0"]
+UNLABELED = [{"unlabeled": True, "image": item["image"]} for item in batch((1, 1), seed=6)]
 
 
-def one_step(batches, accumulation_steps=1, amp=None):
+def one_step(batches, accumulation_steps=1, amp=None, opts=()):
     """Parameters and mean losses after one optimiser step on given batches."""
     torch.manual_seed(comm.get_rank() + 1)
-    model = tiny_model("era", *ALL_SAMPLED, seed=0)
+    model = tiny_model("era", *ALL_SAMPLED, *opts, seed=0)
     if comm.get_world_size() > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     trainer = StepTrainer(
@@ -183,20 +187,21 @@ def one_step(batches, accumulation_steps=1, amp=None):
     return getattr(model, "module", model), losses
 
 
-def _two_ranks(folder):
+def _two_ranks(folder, others):
     rank = comm.get_rank()
-    model, losses = one_step([[IMAGES[rank]]])
+    model, losses = one_step([[IMAGES[rank], *others[rank : rank + 1]]], opts=NOTHING_DETECTED)
     torch.save((model.state_dict(), losses), os.path.join(folder, f"{rank}.pth"))
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Two gloo processes of one image each end with equal parameters, and with the losses and the
-    parameters of one process on both images."""
+@pytest.mark.parametrize("others", [[], UNLABELED], ids=["labelled", "labelled and others"])
+def test_two_processes_equal_one(others, tmp_path):
+    """Two gloo processes of one image each, and of one without labels, end with equal parameters, and with
+    the losses and the parameters of one process on all images."""
     torch.set_num_threads(1)
-    launch(_two_ranks, 2, dist_url="auto", args=(str(tmp_path),))
+    launch(_two_ranks, 2, dist_url="auto", args=(str(tmp_path), others))
     (a, losses), (b, _) = (torch.load(tmp_path / f"{r}.pth", weights_only=True) for r in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    model, expected = one_step([IMAGES])
+    model, expected = one_step([[*IMAGES, *others]], opts=NOTHING_DETECTED)
     assert losses.keys() == expected.keys() and len(losses) > 8
     for name, value in expected.items():
         assert losses[name] == pytest.approx(value, rel=1e-4), name
@@ -232,6 +237,34 @@ def test_mixed_precision_on_the_cpu_is_close_to_float32():
 )
 def test_type_of_mixed_precision(opts, expected):
     assert amp_dtype(tiny_cfg("plain", *opts)) == expected
+
+
+def test_a_folder_of_pictures_beside_the_labels(tiny_data, tmp_path):
+    """Through the command line, in batches of two accumulated ones, stopped and resumed."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, item in enumerate(batch((0, 0, 0), size=(40, 60))):
+        pixels = item["image"].permute(1, 2, 0).byte().numpy()
+        Image.fromarray(pixels).save(photos / f"{i}.{('jpg', 'png', 'JPEG')[i]}")
+    args = cli(
+        tiny_data, tmp_path / "run", "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "2",
+        "DATASETS.IMAGE_FOLDERS", f"[['own_photos_beside', '{photos}']]",
+        "DATASETS.UNLABELED", "('own_photos_beside',)",
+        "SOLVER.IMS_PER_BATCH", "4", "SOLVER.UNLABELED_PER_BATCH", "2", "SOLVER.ACCUMULATION_STEPS", "2",
+        "MODEL.DISTILLER.METHODS", "['ERA', 'PKD']", "MODEL.PKD.LEVELS", "['p3', 'p4', 'p5']",
+        "MODEL.DISTILLER.PSEUDO_SCORE", "0.0", "INPUT.RANDOM_FLIP", "vertical",
+    )  # fmt: skip
+    train_net([*args, "SOLVER.MAX_ITER", "2"])
+    os.remove(tmp_path / "run" / "model_final.pth")
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000001.pth")
+    train_net(["--resume", *args, "SOLVER.MAX_ITER", "4"])
+    last = metrics(tmp_path / "run")
+    assert last["iteration"] == 3 and last["unlabeled/pseudo_boxes"] > 0
+    names = {"loss_era_feature", "loss_era_residual", "loss_era_twi_roi", "loss_pkd_feature"}
+    assert names < last.keys() and "unlabeled/rpn/num_pos_anchors" in last
+    cfg = get_cfg()  # what is left behind is stock Detectron2
+    cfg.merge_from_file(str(tmp_path / "run" / "student" / "config.yaml"))
+    assert "UNLABELED" not in cfg.DATASETS
 
 
 def test_resuming_without_a_usable_marker(tiny_data, tmp_path):

@@ -1,6 +1,7 @@
-"""COCO-format data of one's own, named in the config, and checks that run before training.
+"""Data of one's own, named in the config, and checks that run before training.
 
-``DATASETS.COCO_FORMAT`` lists [name, annotation file, image folder] triples; no code is needed.
+``DATASETS.COCO_FORMAT`` lists [name, annotation file, image folder] triples, ``DATASETS.IMAGE_FOLDERS``
+[name, folder] pairs of pictures without annotations; no code is needed.
 Every mistake is told as one `UserError` before a model is built. Paths are local.
 """
 
@@ -9,46 +10,57 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from era.data import made
+from era.data import image_folders, made
 from era.data.validation import KEY, check_annotation_file, show
 from era.errors import UserError
 
+UNLABELED_KEY = "DATASETS.UNLABELED"
+COCO_PARTS = ("name", "annotation file", "image folder")
 _own: dict[str, tuple[str, str]] = {}  # name -> absolute (annotation file, image folder)
 
 
 def register_from_config(cfg) -> None:
-    """Register every triple of ``cfg.DATASETS.COCO_FORMAT`` with Detectron2's catalogs.
+    """Register what ``DATASETS.COCO_FORMAT`` and ``DATASETS.IMAGE_FOLDERS`` list with Detectron2's catalogs.
 
-    The files are not read here. The same triple may come again. Raises UserError, before anything
-    is registered, for a triple of another form and for a name that means another dataset.
+    The files are not read here. The same entry may come again. Raises UserError, before anything
+    is registered, for an entry of another form and for a name that means another dataset.
     """
-    new: dict[str, tuple[str, str]] = {}
-    if not isinstance(cfg.DATASETS.COCO_FORMAT, (list, tuple)):
-        raise UserError(
-            f"{KEY} is {cfg.DATASETS.COCO_FORMAT!r}: write a list of "
-            "[name, annotation file, image folder] triples"
-        )
-    for i, entry in enumerate(cfg.DATASETS.COCO_FORMAT):
-        whole = isinstance(entry, (list, tuple)) and len(entry) == 3
-        if not whole or not all(isinstance(part, str) and part.strip() for part in entry):
-            raise UserError(
-                f"{KEY}[{i}] is {show(entry)}: write it as three non-empty strings, "
-                "[name, annotation file, image folder]"
-            )
-        name, *paths = entry
-        json_file, image_root = (os.path.abspath(os.path.expanduser(path)) for path in paths)
-        known = new.get(name) or (_own.get(name) if name in DatasetCatalog else None)
-        if (name in DatasetCatalog or known) and known != (json_file, image_root):
-            raise UserError(
-                f"{KEY}[{i}] names {name!r}, but that name already belongs to "
-                + (f"{known[0]} with images in {known[1]}" if known else "another dataset")
-                + ": choose another name"
-            )
-        new[name] = (json_file, image_root)
-    for name, (json_file, image_root) in new.items():
-        if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
-            _own[name] = (json_file, image_root)
+    new: dict[str, tuple[str, ...]] = {}
+    for key, parts in ((KEY, COCO_PARTS), (image_folders.KEY, image_folders.PARTS)):
+        entries, form = cfg.DATASETS[key.removeprefix("DATASETS.")], f"[{', '.join(parts)}]"
+        if not isinstance(entries, (list, tuple)):
+            raise UserError(f"{key} is {entries!r}: write a list of {form}")
+        for i, entry in enumerate(entries):
+            whole = isinstance(entry, (list, tuple)) and len(entry) == len(parts)
+            if not whole or not all(isinstance(part, str) and part.strip() for part in entry):
+                raise UserError(
+                    f"{key}[{i}] is {show(entry)}: write it as {len(parts)} non-empty strings, {form}"
+                )
+            name, *paths = entry
+            found = tuple(os.path.abspath(os.path.expanduser(path)) for path in paths)
+            known = new.get(name) or _registered(name)
+            if (name in DatasetCatalog or known) and known != found:
+                raise UserError(
+                    f"{key}[{i}] names {name!r}, but that name already belongs to "
+                    f"{' with images in '.join(known) if known else 'another dataset'}: choose another name"
+                )
+            new[name] = found
+    for name, paths in new.items():
+        if name in DatasetCatalog:
+            continue
+        if len(paths) == 1:
+            image_folders.register_folder(name, *paths)
+        else:
+            register_coco_instances(name, {}, *paths)
+            _own[name] = paths
+
+
+def _registered(name: str) -> tuple[str, ...] | None:
+    """The paths of a set of one's own that is in the catalog."""
+    if name not in DatasetCatalog:
+        return None
+    folder = image_folders.folder_of(name)
+    return _own.get(name) if folder is None else (folder,)
 
 
 def check_datasets(cfg, for_training: bool) -> list[str] | None:
@@ -94,18 +106,42 @@ def check_num_classes(class_names: list[str], num_classes: int, key: str) -> Non
 def _check_dataset(
     key: str, name: str, needs_objects: bool, mask_format: str | None
 ) -> list[str] | None:
+    files = coco_files(key, name)
+    declared = MetadataCatalog.get(name).get("thing_classes")
+    if image_folders.folder_of(name):
+        raise UserError(
+            f"{key} names {name!r}, a folder of pictures without annotations ({image_folders.KEY}): name it in "
+            "DATASETS.UNLABELED, and here a set with annotations"
+        )
+    if files is None:
+        return list(declared) if declared else None
+    json_file, image_root = files
+    found = check_annotation_file(name, json_file, image_root, needs_objects, mask_format)
+    if declared and list(declared) != found:  # Detectron2 would stop at a bare assertion
+        raise UserError(
+            f"dataset {name!r}: the classes in {json_file} are not those that {name!r} stands for "
+            f"({_difference(found, list(declared))}): register the file in {KEY} under a new name"
+        )
+    return found
+
+
+def coco_files(key: str, name: str) -> tuple[str, str] | None:
+    """Annotation file and image folder of a registered set, made first if it is generated; None for a set
+    without them or in LVIS's variant.
+
+    Raises UserError for an unknown name and for built-in data that is not there; ``key`` names it.
+    """
     if name not in DatasetCatalog:
         raise UserError(
-            f"{key} names {name!r}, which is not a registered dataset: add it to {KEY} as [name, "
-            "annotation file, image folder], or use a built-in name such as coco_2017_train or "
-            "era_toy_train"
+            f"{key} names {name!r}, which is not a registered dataset: add it to {KEY} as [name, annotation "
+            f"file, image folder]{f', or to {image_folders.KEY} as [name, folder]' * (key == UNLABELED_KEY)}, or use a "
+            "built-in name such as coco_2017_train or era_toy_train"
         )
     made.prepare(name)
     meta = MetadataCatalog.get(name)
     json_file, image_root = meta.get("json_file"), meta.get("image_root")
-    declared = meta.get("thing_classes")
     if not json_file or not image_root or meta.get("evaluator_type") == "lvis":
-        return list(declared) if declared else None
+        return None
     if name not in _own and not (os.path.isfile(json_file) and os.path.isdir(image_root)):
         root = os.environ.get("DETECTRON2_DATASETS")
         current = f"is {root!r}" if root is not None else "is not set, so ./datasets is used"
@@ -114,13 +150,7 @@ def _check_dataset(
             f"{key} names {name!r}, but {missing} does not exist: put the data there, or set "
             f"DETECTRON2_DATASETS (which {current}) to the folder that holds it before starting"
         )
-    found = check_annotation_file(name, json_file, image_root, needs_objects, mask_format)
-    if declared and list(declared) != found:  # Detectron2 would stop at a bare assertion
-        raise UserError(
-            f"dataset {name!r}: the classes in {json_file} are not those that {name!r} stands for "
-            f"({_difference(found, list(declared))}): register the file in {KEY} under a new name"
-        )
-    return found
+    return json_file, image_root
 
 
 def _difference(found: list[str], expected: list[str]) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,7 +46,30 @@ def check_annotation_file(
     return class_names
 
 
-def _read(name: str, json_file: str) -> dict:
+def read_pictures(name: str, json_file: str, image_root: str) -> list[dict]:
+    """The pictures of a COCO-format file whatever its annotations, which are not looked at.
+
+    Gives Detectron2's records without annotations: ``file_name``, ``height``, ``width``, ``image_id``. Raises
+    UserError when the file or folder is absent or its list of images is not as it should be.
+    """
+    at = f"dataset {name!r}: {json_file}"
+    images = _read(name, json_file, lists=("images",))["images"]
+    _check_ids(at, "images", images)
+    _check_pictures(at, images)
+    _check_image_files(at, images, image_root, None)
+    return [
+        {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+        }
+        for image in images
+    ]
+
+
+def _read(name: str, json_file: str, lists: Sequence[str] = ("images", "categories")) -> dict:
+    """The file's content with these lists, and with annotations where there are categories."""
     at = f"dataset {name!r}: annotation file {json_file}"
     if not os.path.isfile(json_file):
         raise UserError(f"{at} does not exist: correct its path in {KEY}")
@@ -64,14 +88,14 @@ def _read(name: str, json_file: str) -> dict:
         if collecting:
             gc.enable()
     # COCO's own test sets come as image_info_*.json, which have no annotations.
-    lists = ["images", "categories"]
-    if not os.path.basename(json_file).startswith("image_info"):
+    lists = list(lists)
+    if "categories" in lists and not os.path.basename(json_file).startswith("image_info"):
         lists.insert(1, "annotations")
     absent = [k for k in lists if not isinstance(data, dict) or not isinstance(data.get(k), list)]
     if absent:
         raise UserError(
             f"{at} is not in COCO format, for it has no list {' and no list '.join(absent)}: "
-            "expected a JSON object with the lists images, annotations and categories"
+            f"expected a JSON object with the lists {', '.join(lists)}"
         )
     return data
 
@@ -80,30 +104,41 @@ def _check_lists(at: str, data: dict, json_file: str) -> tuple[set, list[str], s
     """Check images and categories, and all ids; return image ids, class names, category ids."""
     seen: dict[str, set] = {}
     for part in ("images", "annotations", "categories"):
-        entries = data.get(part, [])
-        if not entries and part != "annotations":
-            raise UserError(f"{at} has an empty list {part}: expected at least one entry")
-        ids = [e.get("id") if isinstance(e, dict) else None for e in entries]
-        if not set(map(type, ids)) <= {int}:
-            i = next(i for i, value in enumerate(ids) if type(value) is not int)
-            raise UserError(
-                f"{at}: {part}[{i}] has the id {show(ids[i])}: expected an object with an "
-                "integer id of its own"
-            )
-        seen[part] = set(ids)
         # COCO 2014's own minival files repeat annotation ids; Detectron2 lets them pass.
         lenient = part == "annotations" and "minival" in json_file
-        if len(seen[part]) != len(ids) and not lenient:
-            known: set = set()
-            twice = next(v for v in ids if v in known or known.add(v))
-            raise UserError(f"{at}: the id {twice} occurs twice in {part}: number each entry once")
+        seen[part] = _check_ids(at, part, data.get(part, []), may_repeat=lenient)
     for i, category in enumerate(data["categories"]):
         if not isinstance(category.get("name"), str) or not category["name"]:
             raise UserError(
                 f"{at}: categories[{i}] has the name {show(category.get('name'))}: expected a "
                 "non-empty string"
             )
-    for i, image in enumerate(data["images"]):
+    _check_pictures(at, data["images"])
+    ordered = sorted(data["categories"], key=lambda category: category["id"])
+    return seen["images"], [c["name"] for c in ordered], seen["categories"]
+
+
+def _check_ids(at: str, part: str, entries: list, *, may_repeat: bool = False) -> set:
+    """Every entry of a list is an object with an integer id of its own; return the ids."""
+    if not entries and part != "annotations":
+        raise UserError(f"{at} has an empty list {part}: expected at least one entry")
+    ids = [e.get("id") if isinstance(e, dict) else None for e in entries]
+    if not set(map(type, ids)) <= {int}:
+        i = next(i for i, value in enumerate(ids) if type(value) is not int)
+        raise UserError(
+            f"{at}: {part}[{i}] has the id {show(ids[i])}: expected an object with an "
+            "integer id of its own"
+        )
+    if len(set(ids)) != len(ids) and not may_repeat:
+        known: set = set()
+        twice = next(v for v in ids if v in known or known.add(v))
+        raise UserError(f"{at}: the id {twice} occurs twice in {part}: number each entry once")
+    return set(ids)
+
+
+def _check_pictures(at: str, images: list[dict]) -> None:
+    """Every image has the name of a file inside its folder, and a size."""
+    for i, image in enumerate(images):
         path = image.get("file_name")
         if not isinstance(path, str) or not path:
             raise UserError(f"{at}: images[{i}] has no file_name: give its path in the folder")
@@ -121,8 +156,6 @@ def _check_lists(at: str, data: dict, json_file: str) -> tuple[set, list[str], s
                 raise UserError(
                     f"{at}: images[{i}] has the {side} {show(value)}: expected a number of pixels"
                 )
-    ordered = sorted(data["categories"], key=lambda category: category["id"])
-    return seen["images"], [c["name"] for c in ordered], seen["categories"]
 
 
 def _check_annotations(

@@ -15,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from era import compat
+from era.data.unlabeled import UnreadablePicture
 from era.engine.evaluation import evaluate, evaluate_teacher
 from era.engine.preflight import (
     build_for_evaluation,
@@ -153,7 +154,7 @@ def run_process(args: argparse.Namespace) -> dict | None:
     except UserError as e:
         if comm.get_world_size() == 1:
             raise
-        if comm.is_main_process():
+        if comm.is_main_process() or isinstance(e, UnreadablePicture):
             print(f"error: {e}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except FloatingPointError as e:  # of Detectron2, or of StepTrainer; maybe in this process alone

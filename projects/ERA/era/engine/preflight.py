@@ -19,6 +19,7 @@ from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.teacher import TeacherRecord
 from era.config import load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
+from era.data.unlabeled import check_unlabeled
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
 from era.modeling.detectors import known_family
@@ -111,10 +112,12 @@ def check_data(cfg: CfgNode, *, for_training: bool) -> None:
     """Register datasets of one's own and check all that the config names.
 
     Raises:
-        UserError: see :mod:`era.data.datasets`.
+        UserError: see :mod:`era.data.datasets` and :mod:`era.data.unlabeled`.
     """
     register_from_config(cfg)
     class_names = check_datasets(cfg, for_training=for_training)
+    if for_training:
+        check_unlabeled(cfg)
     student = student_config(cfg)
     family = known_family(student)
     if class_names is not None and family is not None:

@@ -26,7 +26,7 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     """Detectron2's linear scaling from ``SOLVER.REFERENCE_WORLD_SIZE`` processes to those at work.
 
     Accumulated batches count as processes: one GPU with ``SOLVER.ACCUMULATION_STEPS 8`` follows an
-    8-GPU recipe unchanged. What changed is logged.
+    8-GPU recipe unchanged. ``SOLVER.UNLABELED_PER_BATCH`` keeps its part of a batch. What changed is logged.
 
     Raises:
         UserError: the reference does not divide the batch, or the batch cannot be split evenly.
@@ -38,16 +38,34 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference}: expected a divisor of SOLVER.IMS_PER_BATCH "
             f"({cfg.SOLVER.IMS_PER_BATCH}), or 0 for no scaling; change one of the two."
         )
+    has_unlabeled = len(cfg.DATASETS.UNLABELED) > 0
+    if has_unlabeled and reference > 0 and cfg.SOLVER.UNLABELED_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.UNLABELED_PER_BATCH is {cfg.SOLVER.UNLABELED_PER_BATCH}, which "
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide: change one of the two."
+        )
     scaled = DefaultTrainer.auto_scale_workers(cfg, workers)
+    if has_unlabeled and scaled is not cfg:
+        scaled.defrost()
+        scaled.SOLVER.UNLABELED_PER_BATCH = cfg.SOLVER.UNLABELED_PER_BATCH // reference * workers
+        if cfg.is_frozen():
+            scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH % workers:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {scaled.SOLVER.IMS_PER_BATCH} images an optimiser step, which "
             f"{world_size} process(es) with SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS} cannot "
             "share evenly: make it a multiple of their product."
         )
+    if has_unlabeled and scaled.SOLVER.UNLABELED_PER_BATCH % workers:
+        raise UserError(
+            f"SOLVER.UNLABELED_PER_BATCH is {scaled.SOLVER.UNLABELED_PER_BATCH} pictures an optimiser step, which "
+            f"{world_size} process(es) with SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS} cannot "
+            "share evenly: make it a multiple of their product."
+        )
     if scaled is not cfg:
         keys = (
             "IMS_PER_BATCH",
+            *(["UNLABELED_PER_BATCH"] if has_unlabeled else []),
             "BASE_LR",
             "MAX_ITER",
             "STEPS",

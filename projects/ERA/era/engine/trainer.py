@@ -23,6 +23,7 @@ from era import compat
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
 from era.config import INHERIT_FPN, INHERIT_NOTHING
+from era.data.unlabeled import build_mixed_loader
 from era.engine.evaluation import DetectionEvaluator, evaluate, evaluate_teacher
 from era.engine.preflight import teacher_record
 from era.engine.schedule import amp_dtype, scale_to_world
@@ -185,10 +186,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes."""
-        return build_detection_train_loader(
-            cfg, total_batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS
-        )
+        """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes; where
+        ``DATASETS.UNLABELED`` names sets, ``UNLABELED_PER_BATCH / ACCUMULATION_STEPS`` of them without labels."""
+        steps = cfg.SOLVER.ACCUMULATION_STEPS
+        total = cfg.SOLVER.IMS_PER_BATCH // steps
+        if len(cfg.DATASETS.UNLABELED) == 0:
+            return build_detection_train_loader(cfg, total_batch_size=total)
+        unlabeled = cfg.SOLVER.UNLABELED_PER_BATCH // steps
+        labeled = build_detection_train_loader(cfg, total_batch_size=total - unlabeled)
+        return build_mixed_loader(cfg, labeled, unlabeled)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

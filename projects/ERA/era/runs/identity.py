@@ -4,7 +4,8 @@ A run's identity is the SHA-256 of a description of
 
 * its settings: those of Detectron2 and of the frame that differ from their default, so that a key which a later
   version adds repeats nothing; of its methods all of them, so that another default is another run;
-* its data, by what they are: a file's content, or what sets that are made on first use are made from;
+* its data, by what they are: a file's content, the names and sizes of a folder's pictures, or what sets that are
+  made on first use are made from;
 * the runs that its weights come from, by their own identities, also runs of another plan; other files that its
   config names, by content;
 * its teacher's config, for a run of equal time the runs whose steps are counted, and of a run on several GPUs how
@@ -29,6 +30,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from era.config import get_era_cfg, load_config
 from era.data import made
 from era.data.datasets import register_from_config
+from era.data.image_folders import folder_of, picture_files
 from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 from era.runs.folder import read_stamp
 from era.runs.plan import FINAL, Run
@@ -37,6 +39,7 @@ from era.runs.plan import FINAL, Run
 ELSEWHERE = (
     "OUTPUT_DIR",
     "DATASETS.COCO_FORMAT",
+    "DATASETS.IMAGE_FOLDERS",
     "MODEL.TEACHER.CONFIG_FILE",
     "MODEL.TEACHER.OPTS",
 )
@@ -111,6 +114,9 @@ def content(dataset: str) -> Any:
         return found
     if dataset not in DatasetCatalog:
         return None
+    folder = folder_of(dataset)
+    if folder is not None:
+        return {entry.name: entry.stat().st_size for entry in picture_files(dataset, folder)}
     return file_sha256(MetadataCatalog.get(dataset).get("json_file") or "")
 
 

@@ -1,0 +1,111 @@
+"""Pictures without labels beside the labelled ones (``DATASETS.UNLABELED``): their records, checks and batches."""
+
+import os
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+
+from era.data.datasets import UNLABELED_KEY, coco_files
+from era.data.image_folders import unreadable
+from era.data.validation import read_pictures
+from era.errors import UserError
+
+KEPT = ("file_name", "height", "width", "image_id")  # of a record; annotations of every kind go
+
+
+def pictures(key: str, name: str) -> list[dict]:
+    """Detectron2's records of a registered set, as far as they describe the pictures.
+
+    In COCO format the annotations are not even looked at. Raises UserError for an unknown name, data that is not
+    there and pictures that cannot be read; ``key`` names the config key.
+    """
+    files = coco_files(key, name)
+    records = DatasetCatalog.get(name) if files is None else read_pictures(name, *files)
+    return [{part: record[part] for part in KEPT if part in record} for record in records]
+
+
+def check_unlabeled(cfg: CfgNode) -> None:
+    """The sets of ``DATASETS.UNLABELED`` are there, and none of their files is in a set of ``DATASETS.TEST``.
+
+    Files count as the same by their path, links resolved, not by content. Raises UserError.
+    """
+    if len(cfg.DATASETS.UNLABELED) == 0:
+        return
+    tested = {
+        os.path.realpath(record["file_name"]): name
+        for name in cfg.DATASETS.TEST
+        for record in pictures("DATASETS.TEST", name)
+    }
+    for name in cfg.DATASETS.UNLABELED:
+        for record in pictures(UNLABELED_KEY, name):
+            found = tested.get(os.path.realpath(record["file_name"]))
+            if found is not None:
+                raise UserError(
+                    f"{UNLABELED_KEY} names {name!r}, whose picture {record['file_name']} is also in {found!r} of "
+                    "DATASETS.TEST: expected pictures that are not tested on, or the AP says nothing; take them out, "
+                    "or test on others"
+                )
+
+
+class UnreadablePicture(UserError):
+    """A picture that could not be read while training: one process of several met it, and the others did not."""
+
+
+class PictureMapper:
+    """Detectron2's mapper for training, with the same augmentations; raises UnreadablePicture."""
+
+    def __init__(self, cfg: CfgNode):
+        self.mapper = DatasetMapper(cfg, is_train=True)
+
+    def __call__(self, record: dict) -> dict:
+        """The model's input: ``image`` and what the record holds."""
+        try:
+            return self.mapper(record)
+        except (OSError, SyntaxError) as error:  # what Pillow raises
+            raise UnreadablePicture(unreadable(record["file_name"], error)) from error
+
+
+class MixedLoader:
+    """Batches of two infinite loaders, each batch the labelled one's followed by the unlabelled one's.
+
+    Args:
+        labeled, unlabeled: loaders of lists of inputs.
+    """
+
+    def __init__(self, labeled, unlabeled):
+        self.labeled, self.unlabeled = labeled, unlabeled
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        others = iter(self.unlabeled)
+        for batch in self.labeled:
+            try:
+                yield batch + next(others)
+            except UnreadablePicture as error:  # out of a worker process it comes with a traceback
+                sentence = str(error).strip().splitlines()[-1]
+                raise UnreadablePicture(sentence.rpartition("UnreadablePicture: ")[2]) from error
+
+
+def build_mixed_loader(cfg: CfgNode, labeled, total_batch_size: int) -> MixedLoader:
+    """Beside a loader of labelled batches one of ``DATASETS.UNLABELED``, each input with ``"unlabeled": True``.
+
+    The pictures of all sets are shuffled together, by a seed of their own, as Detectron2's ``TrainingSampler`` does,
+    whatever ``DATALOADER.SAMPLER_TRAIN`` says, for other samplers ask annotations. Both loaders have
+    ``DATALOADER.NUM_WORKERS`` processes.
+
+    Args:
+        total_batch_size: pictures without labels of one batch over all processes.
+    """
+    records = [
+        record | {"unlabeled": True}
+        for name in cfg.DATASETS.UNLABELED
+        for record in pictures(UNLABELED_KEY, name)
+    ]
+    unlabeled = build_detection_train_loader(
+        records,
+        mapper=PictureMapper(cfg),
+        total_batch_size=total_batch_size,
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    return MixedLoader(labeled, unlabeled)
