@@ -324,6 +324,27 @@ def test_the_control_without_branches_has_the_same_total_weight(name, tmp_path, 
         assert control.TWI[key] == total * era.TWI[key] > 0
 
 
+def test_the_rows_with_unlabelled_pictures_differ_in_these_alone(tmp_path, monkeypatch):
+    """The same labelled pictures, at most as many of them a step, and the rest without annotations."""
+    monkeypatch.chdir(REPO)
+    plan = read_plan(REPO / "studies" / "few_labels.yaml")
+    cfgs = {run.variant: run.config for run in make_runs(plan, tmp_path, seeds=(1,))}
+    for name, of, pictures in (
+        ("pkd_unlabeled", "pkd", (4, 4)),
+        ("era_soft_unlabeled", "era_soft", (4, 4)),
+        ("era_soft_unlabeled_16", "era_soft", (8, 8)),
+    ):
+        cfg, other = cfgs[f"{name}_long"].clone(), cfgs[f"{of}_long"].clone()
+        assert cfg.DATASETS.UNLABELED == ("era_toy_train_rest",) and not other.DATASETS.UNLABELED
+        without = cfg.SOLVER.UNLABELED_PER_BATCH
+        assert (cfg.SOLVER.IMS_PER_BATCH - without, without) == pictures
+        for config in (cfg, other):
+            config.defrost()
+            config.DATASETS.UNLABELED, config.SOLVER.UNLABELED_PER_BATCH = (), 0
+            config.SOLVER.IMS_PER_BATCH, config.OUTPUT_DIR = 8, ""
+        assert cfg == other
+
+
 def test_the_tables_word_on_inheritance_is_the_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
     plan = read_plan(REPO / "studies" / "demo.yaml")
