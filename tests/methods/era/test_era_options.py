@@ -20,9 +20,9 @@ from era.runs.series import chart_series
 def test_the_fraction_removed_by_hand():
     """Distances 8, 6 and 2 at p3: three quarters are gone; at p4 the branches do harm; at p5 nothing was left."""
     era = tiny_model("era").methods["era"]
-    era.estimator.levels = ["p3", "p4", "p5"]
+    distances = torch.tensor([[8.0, 6.0, 2.0], [4.0, 3.0, 5.0], [0.0, 0.0, 0.0]])
     with EventStorage(0) as storage:
-        era._log(torch.tensor([[8.0, 6.0, 2.0], [4.0, 3.0, 5.0], [0.0, 0.0, 0.0]]))
+        era._log(["p3", "p4", "p5"], distances)
     found = {k: v[0] for k, v in storage.latest().items() if k.endswith("/removed")}
     assert found == {"era/p3/removed": 0.75, "era/p4/removed": -0.25}
     assert storage.latest()["era/p5/residual_e2"][0] == 0

@@ -11,13 +11,17 @@ LOSS_LABELS = {
     "loss_era_twi_roi": "TWI: teacher's ROI head",
     "loss_era_soft_rpn": "soft judges: teacher's RPN head",
     "loss_era_soft_roi": "soft judges: teacher's ROI head",
+    "loss_era_roi_feature": "ROI feature: e₀ to the teacher's vectors",
+    "loss_era_roi_residual": "ROI feature: the branches",
+    "loss_era_roi_twi": "ROI feature: teacher's box predictor",
+    "loss_era_roi_soft": "ROI feature: soft judges",
     "loss_era_kd": "KD: teacher's classes",
 }
 CHARTS = (
     Chart(
         title="what is left after each branch",
         y_label="mean of (F_T − e_i)² over the FPN levels",
-        pattern=r"era/\w+/residual_e(?P<curve>\d+)",
+        pattern=r"era/(?!roi/)\w+/residual_e(?P<curve>\d+)",
         curve_name=lambda i: "e₀ (no branch)" if i == "0" else f"e{i.translate(_SUBSCRIPT)}",
         log_scale=True,
         explanation="e₀ is the student's feature map brought to the teacher's channels; each branch of "

@@ -18,6 +18,14 @@ EVEN, BY_JUDGE = "none", "teacher"  # MODEL.ERA.POSITION_WEIGHT
 IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
 ALL_ESTIMATES, ENDS = "all", "ends"  # MODEL.ERA.TWI.ESTIMATES
 
+# The losses at the ROI feature, and the keys of their weights in MODEL.ERA.ROI.
+ROI_WEIGHTS = {
+    "feature": "FEATURE_WEIGHT",
+    "residual": "RESIDUAL_WEIGHT",
+    "twi": "TWI_WEIGHT",
+    "soft": "SOFT_WEIGHT",
+}
+
 
 def add_config(cfg: CfgNode) -> None:
     """Add ``MODEL.ERA``."""
@@ -38,7 +46,7 @@ def add_config(cfg: CfgNode) -> None:
     # Of the first conv of a branch, pixels of the map, odd: dense context, while the others stay KERNEL_SIZE; 0 =
     # KERNEL_SIZE. Not in the official code, whose branches read pooled vectors.
     _C.MODEL.ERA.CONTEXT_KERNEL = 0
-    # Start with B_i = 0, so e_i = e_0 (zero-gain start); the official code starts its last norm at gain 1.
+    # Start with B_i = 0, so e_i = e_0 (zero-gain start), here and at the ROI feature; the official code starts its last norm at gain 1.
     _C.MODEL.ERA.ZERO_START = False
     _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
     _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
@@ -85,6 +93,28 @@ def add_config(cfg: CfgNode) -> None:
         message="write 'heads' for True and 'none' for False.",
     )
 
+    # ERA at the ROI feature, beside the FPN: f_S, f_T are the vectors that the box heads make of the student's sampled
+    # proposals, in the place of the official code's pooled feature. All weights 0 = not at all. Training alone.
+    _C.MODEL.ERA.ROI = CfgNode()
+    _C.MODEL.ERA.ROI.FEATURE_WEIGHT = 0.0  # w_f: MSE(P f_S, f_T); official: 5
+    _C.MODEL.ERA.ROI.RESIDUAL_WEIGHT = (
+        0.0  # w_g: (1/N) sum_i s_i MSE(d_i, f_T - e_{i-1}); official: 1
+    )
+    # w_o: the teacher's box predictor on e_0 (weight 1) and e_i (s_i / N) against the ground truth; official: 1
+    _C.MODEL.ERA.ROI.TWI_WEIGHT = 0.0
+    _C.MODEL.ERA.ROI.SOFT_WEIGHT = (
+        0.0  # the same against its own outputs on f_T; official: featKL, off
+    )
+    _C.MODEL.ERA.ROI.NUM_BRANCHES = 4  # N (official)
+    _C.MODEL.ERA.ROI.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N (official)
+    _C.MODEL.ERA.ROI.HIDDEN_CHANNELS = (
+        0  # width inside a branch; 0 = the student's vector (official)
+    )
+    _C.MODEL.ERA.ROI.NORM = "BN"  # as MODEL.ERA.NORM, over proposals (official: BN)
+    # Branch i > 1 reads alpha_i f_S + sum_{j<i} beta_ij B_j, learned by channel, alpha_i = 1 at the start and beta_ij =
+    # this (official: alphabeta 0, alphabeta2 1; its training script reads f_S alone).
+    _C.MODEL.ERA.ROI.BETA = 0.0
+
     # The same numbers, computed cheaply (True) or as they are defined (False): docs/performance.md.
     _C.MODEL.ERA.FAST = True
     # Run adapter and MBRNet in training through torch.compile (docs/performance.md).
@@ -116,7 +146,9 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.ERA.TWI.ROI_WEIGHT": era.TWI.ROI_WEIGHT,
             "MODEL.ERA.TWI.SOFT_RPN_WEIGHT": era.TWI.SOFT_RPN_WEIGHT,
             "MODEL.ERA.TWI.SOFT_ROI_WEIGHT": era.TWI.SOFT_ROI_WEIGHT,
+            **{f"MODEL.ERA.ROI.{key}": era.ROI[key] for key in ROI_WEIGHTS.values()},
             **{f"MODEL.ERA.SCALES[{i}]": s for i, s in enumerate(era.SCALES)},
+            **{f"MODEL.ERA.ROI.SCALES[{i}]": s for i, s in enumerate(era.ROI.SCALES)},
         }
     )
     if era.TWI.PROPOSALS_PER_IMAGE < 0:
@@ -131,15 +163,21 @@ def check_config(cfg: CfgNode) -> None:
         ("TWI.ESTIMATES", era.TWI.ESTIMATES, (ALL_ESTIMATES, ENDS)),
         ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
         ("NORM", era.NORM, NORMS),
+        ("ROI.NORM", era.ROI.NORM, NORMS),
     ):
         if value not in known:
             raise UserError(f"MODEL.ERA.{key} is {value!r}: expected one of {', '.join(known)}.")
-    if era.NUM_BRANCHES < 0:
-        raise UserError(f"MODEL.ERA.NUM_BRANCHES is {era.NUM_BRANCHES}: expected 0 or more.")
-    if len(era.SCALES) != era.NUM_BRANCHES:
+    for prefix, keys in (("MODEL.ERA", era), ("MODEL.ERA.ROI", era.ROI)):
+        if keys.NUM_BRANCHES < 0:
+            raise UserError(f"{prefix}.NUM_BRANCHES is {keys.NUM_BRANCHES}: expected 0 or more.")
+        if len(keys.SCALES) != keys.NUM_BRANCHES:
+            raise UserError(
+                f"{prefix}.SCALES has {len(keys.SCALES)} numbers and {prefix}.NUM_BRANCHES is "
+                f"{keys.NUM_BRANCHES}: expected one scale a branch; change one of the two."
+            )
+    if era.ROI.HIDDEN_CHANNELS < 0:
         raise UserError(
-            f"MODEL.ERA.SCALES has {len(era.SCALES)} numbers and MODEL.ERA.NUM_BRANCHES is "
-            f"{era.NUM_BRANCHES}: expected one scale a branch; change one of the two."
+            f"MODEL.ERA.ROI.HIDDEN_CHANNELS is {era.ROI.HIDDEN_CHANNELS}: expected at least 0 channels."
         )
     if era.KERNEL_SIZE < 1 or era.KERNEL_SIZE % 2 == 0:
         raise UserError(

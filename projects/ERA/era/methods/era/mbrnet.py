@@ -176,10 +176,14 @@ class MBRNet(nn.Module):
             output = branch(branch_input)
             if self.accumulated_inputs:
                 branch_input = branch_input + output
-            if len(self.up_projections) > 0:
-                output = self.up_projections[i % len(self.up_projections)](output)
-            residuals.append(output)
+            residuals.append(self.up_projected(i, output))
         return residuals
+
+    def up_projected(self, i: int, output: Tensor) -> Tensor:
+        """``U_i`` of what branch ``i`` (from 0) gives."""
+        if len(self.up_projections) == 0:
+            return output
+        return self.up_projections[i % len(self.up_projections)](output)
 
 
 @dataclass
@@ -237,6 +241,15 @@ class FeatureEstimator(nn.Module):
         learned = always_project or in_channels != out_channels
         self.adapter = projection_conv(in_channels, out_channels) if learned else nn.Identity()
         self.mbrnet = mbrnet
+
+    def freeze_unless(self, *, adapter: bool, mbrnet: bool) -> None:
+        """Freeze what no loss reads: DDP would wait for its gradient, weight decay would move it.
+
+        Args:
+            adapter, mbrnet: whether one does.
+        """
+        self.adapter.requires_grad_(adapter)
+        self.mbrnet.requires_grad_(mbrnet)
 
     def forward(self, features: Mapping[str, Tensor]) -> Estimates:
         """Estimates at every level of ``self.levels``.

@@ -19,6 +19,7 @@ from era.errors import UserError
 from era.losses import kd_loss
 from era.methods.base import Method, Needs, check_levels
 from era.methods.era import benchmark, config
+from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS
 from era.methods.era.fast import ALL_ON, FastTerms, Levers
 from era.methods.era.inference import EstimatingBackbone
@@ -47,7 +48,7 @@ class ERA(Method):
         student: the student.
         scales: ``s_1..s_N``.
         weights: of the terms ``feature`` (w_f), ``residual`` (w_r), ``kd`` (w_k), ``twi_<part>`` and
-            ``soft_<part>`` of the teacher's heads; 0 leaves a term out.
+            ``soft_<part>`` of the teacher's heads, ``roi_<term>`` at the ROI feature; 0 leaves a term out.
         kd_temperature: ``tau``, of KD and of the soft judges.
         alpha: how far inference leans on the teacher's heads, 0 to 1.
         samples_per_image: on how many of the student's sampled proposals an image ``e_1..e_N`` are judged
@@ -59,6 +60,7 @@ class ERA(Method):
         weights_positions: weight positions in feature and residual losses by the teacher's
             :meth:`~era.modeling.detectors.Detector.foreground`.
         judges_ends: judge ``e_0`` and ``e_N`` alone instead of every estimate.
+        roi: ERA at the ROI feature, beside the maps; None for none.
         soft_positions: where the soft judgements of dense heads look, ``all`` or ``sampled``.
     """
 
@@ -89,6 +91,7 @@ class ERA(Method):
         weights_positions: bool = False,
         judges_ends: bool = False,
         soft_positions: str = ALL_POSITIONS,
+        roi: roi_feature.RoiTerms | None = None,
     ):
         super().__init__()
         self.estimator = estimator
@@ -100,6 +103,7 @@ class ERA(Method):
         self.deviation = deviation
         self.weights_positions = weights_positions
         self.judges_ends = judges_ends
+        self.roi = roi
         # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
         self.judged_parts, softly = (
@@ -123,10 +127,10 @@ class ERA(Method):
             )
         compiled = torch.compile(estimator, dynamic=True) if compile_estimator else estimator
         self._estimate = (compiled,)
-        if not self._judges and self.weights["residual"] == 0:
-            estimator.mbrnet.requires_grad_(False)
-        if not self._judges and self.weights["feature"] == 0:
-            estimator.adapter.requires_grad_(False)
+        estimator.freeze_unless(
+            adapter=self._judges or self.weights["feature"] > 0,
+            mbrnet=self._judges or self.weights["residual"] > 0,
+        )
 
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
@@ -154,6 +158,7 @@ class ERA(Method):
             "twi_roi": era.TWI.ROI_WEIGHT,
             "soft_rpn": era.TWI.SOFT_RPN_WEIGHT,
             "soft_roi": era.TWI.SOFT_ROI_WEIGHT,
+            **{f"roi_{term}": era.ROI[key] for term, key in config.ROI_WEIGHTS.items()},
         }
         for part in ("rpn", "roi"):
             if weights[f"soft_{part}"] > 0 and part not in judge.soft_parts:
@@ -219,6 +224,7 @@ class ERA(Method):
             "weights_positions": era.POSITION_WEIGHT == config.BY_JUDGE,
             "judges_ends": era.TWI.ESTIMATES == config.ENDS,
             "soft_positions": era.TWI.SOFT_POSITIONS,
+            "roi": roi_feature.from_config(cfg, student, judge),
         }
 
     @classmethod
@@ -240,6 +246,7 @@ class ERA(Method):
           e_i (weight s_i / N), against the ground truth;
         - ``loss_era_soft_rpn``, ``loss_era_soft_roi``: the same against their own outputs on F_T; with
           ``MODEL.ERA.TWI.ESTIMATES`` "ends" both judge e_0 (weight 1) and e_N (weight sum_i s_i / N) alone;
+        - ``loss_era_roi_<term>``: the same at the ROI feature, see :class:`~era.methods.era.roi.RoiTerms`;
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).
 
         Every 20 iterations ``era/<level>/residual_e<i>``, the mean over elements of ``(F_T - e_i)^2``,
@@ -255,7 +262,12 @@ class ERA(Method):
             deviation = None if self.deviation is None else self.deviation(step.teacher_features)
             compute = self._terms if self.fast_terms is None else self.fast_terms
             terms, measured = compute(step, self.scales, deviation, self._by_position(step))
-            self._log(measured)
+            self._log(self.estimator.levels, measured)
+        if self.roi is not None:
+            found, measured = self.roi(step)
+            terms |= {f"roi_{name}": term for name, term in found.items()}
+            if measured is not None:
+                self._log([roi_feature.ROI], measured)
         if self.weights["kd"] > 0:
             terms["kd"] = self._kd_term(step)
         return {
@@ -319,11 +331,11 @@ class ERA(Method):
             for s in sample.strata
         )
 
-    def _log(self, measured: Tensor) -> None:
+    def _log(self, levels: Sequence[str], measured: Tensor) -> None:
         storage = get_event_storage()
         if storage.iter % LOG_PERIOD not in (0, LOG_PERIOD - 1):
             return  # reading numbers makes a GPU wait
-        for level, by_estimate in zip(self.estimator.levels, measured.tolist(), strict=True):
+        for level, by_estimate in zip(levels, measured.tolist(), strict=True):
             for i, value in enumerate(by_estimate):
                 storage.put_scalar(f"era/{level}/residual_e{i}", value)
             if len(by_estimate) > 1 and by_estimate[0] > 0:

@@ -211,6 +211,29 @@ class Detector(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not judge by its own outputs")
 
     @property
+    def vector_channels(self) -> int | None:
+        """D, the width of the vector that a two-stage detector makes of each sample before its last layers; None
+        where there is no such vector."""
+        return None
+
+    def vectors(self, features: dict[str, Tensor], samples: object) -> Tensor:
+        """The vectors of given samples on given maps, (R, D); arguments and order as in :meth:`predict`."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
+
+    def predict_vectors(self, vectors: Tensor) -> Predictions:
+        """What the last layers say of vectors (R, D), float32: :meth:`predict` is this of :meth:`vectors`."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
+
+    def vector_loss(self, vectors: Tensor, recording: Recording) -> Tensor:
+        """As :meth:`head_loss`, by the last layers alone, of one vector (R, D) for each of the student's samples."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
+
+    def soft_vector_loss(self, vectors: Tensor, targets: Predictions, temperature: float) -> Tensor:
+        """As :meth:`soft_head_loss`, by the last layers alone: what they say of ``vectors``, (R, D), against what they
+        said of others, row by row."""
+        raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
+
+    @property
     def foreground_levels(self) -> set[str]:
         """Names of the levels at which :meth:`foreground` says something; none if the family does not."""
         return set()

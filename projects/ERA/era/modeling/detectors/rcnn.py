@@ -18,6 +18,7 @@ from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
+from era.modeling.detectors.proposals import ProposalSample
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
     RCNNRecording,
@@ -28,6 +29,7 @@ from era.modeling.detectors.rcnn_losses import (
 from era.modeling.detectors.rcnn_soft import (
     predict_anchors_at,
     soft_anchor_losses,
+    soft_proposal_losses,
     soft_roi_loss,
 )
 from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, TaskLoss
@@ -135,6 +137,9 @@ class RCNN(Detector):
         def on_pooler(_module, _args, output):
             recording.roi_features = output
 
+        def on_box_head(_module, _args, output):
+            recording.vectors = output
+
         def on_predictor(_module, _args, output):
             recording.predictions = Predictions(*output)
 
@@ -151,6 +156,7 @@ class RCNN(Detector):
             rpn.rpn_head.register_forward_hook(on_rpn_head),
             roi_heads.register_forward_hook(on_roi_heads),
             roi_heads.box_pooler.register_forward_hook(on_pooler),
+            roi_heads.box_head.register_forward_hook(on_box_head),
             roi_heads.box_predictor.register_forward_hook(on_predictor),
         ]
         rpn.label_and_sample_anchors = label_and_keep
@@ -174,11 +180,25 @@ class RCNN(Detector):
 
     def predict(self, features: dict[str, Tensor], samples: list[Instances]) -> Predictions:
         """Class logits (R, K + 1) and box deltas (R, 4K or 4) of the box head on given proposals."""
+        return self.predict_vectors(self.vectors(features, samples))
+
+    @property
+    def vector_channels(self) -> int | None:
+        """Of the box head, if it ends in fully connected layers (``MODEL.ROI_BOX_HEAD.FC_DIM``)."""
+        if not self._has_plain_heads():
+            return None
+        shape = self.model.roi_heads.box_head.output_shape
+        return shape.channels if shape.height is None else None
+
+    def vectors(self, features: dict[str, Tensor], samples: list[Instances]) -> Tensor:
+        """What the box head makes of each proposal."""
         heads = self.model.roi_heads
         maps = [features[level] for level in heads.box_in_features]
-        pooled = heads.box_pooler(maps, [own.proposal_boxes for own in samples])
-        logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        return Predictions(at_least_float32(logits), at_least_float32(deltas))
+        return heads.box_head(heads.box_pooler(maps, [own.proposal_boxes for own in samples]))
+
+    def predict_vectors(self, vectors: Tensor) -> Predictions:
+        """Of the box predictor."""
+        return Predictions(*map(at_least_float32, self.model.roi_heads.box_predictor(vectors)))
 
     def predict_anchors(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits (B, H * W * A) and anchor deltas (B, H * W * A, 4) of the RPN's head, one each a
@@ -225,7 +245,10 @@ class RCNN(Detector):
                 )  # fmt: skip
             return sum(losses.values()) * (rpn.batch_size_per_image / recording.anchors_per_image)
         sample = recording.sample(samples_per_image)
-        predictions = self.predict(features, sample.proposals)
+        return self._sample_loss(self.predict(features, sample.proposals), sample)
+
+    def _sample_loss(self, predictions: Predictions, sample: ProposalSample) -> Tensor:
+        """Detectron2's class and box losses, stratum by stratum."""
         if not sample.strata:  # no proposal at all
             return sum(x.sum() * 0 for x in predictions)
         total = 0.0
@@ -235,6 +258,18 @@ class RCNN(Detector):
                 losses = self.model.roi_heads.box_predictor.losses(own, stratum.proposals)
             total = total + stratum.share * sum(losses.values())
         return total
+
+    def vector_loss(self, vectors: Tensor, recording: RCNNRecording) -> Tensor:
+        """Class and box losses of the box predictor."""
+        return self._sample_loss(self.predict_vectors(vectors), recording.sample(0))
+
+    def soft_vector_loss(self, vectors: Tensor, targets: Predictions, temperature: float) -> Tensor:
+        """The mean of :func:`soft_proposal_losses`; 0, connected to the graph, of no proposal."""
+        predictions = self.predict_vectors(vectors)
+        if len(vectors) == 0:
+            return sum(x.sum() * 0 for x in predictions)
+        head, own = self.model.roi_heads.box_predictor, (x[None] for x in predictions)
+        return soft_proposal_losses(head, *own, targets, temperature).mean()
 
     @torch.no_grad()
     def soft_targets(

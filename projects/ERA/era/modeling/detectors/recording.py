@@ -55,12 +55,15 @@ class Recording:
         targets: ground truth of each image, boxes in pixels of the resized image.
         features: FPN maps, level name to (B, C_S, H, W), with gradient.
         predictions: of the student's heads on its samples, with gradient.
+        vectors: what a head makes of each sample before its last layers, (R, D), with gradient, where
+            :attr:`Detector.vector_channels` says that there is such a vector.
     """
 
     images: ImageList = None
     targets: list[Instances] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
     predictions: Predictions = None
+    vectors: Tensor = None
 
     @property
     def samples(self) -> object:
