@@ -1,15 +1,20 @@
 """What may be switched on beyond ERA's defaults: numbers by hand, neutral values, gradients, checkpoints."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from builders import batch, losses_of, tiny_model
+from detectron2.engine import launch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from era.errors import UserError
 from era.methods.era import ERA
 from era.methods.era.fast.factored import ends_linear
-from era.methods.era.losses import emphasis, feature_terms
+from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.era.standardise import emphasis
 from era.modeling.detectors import Detector, detector_of
 from era.modeling.detectors.rcnn import RCNN
 from era.runs.series import chart_series
@@ -212,6 +217,14 @@ def test_levels_count_alike_however_little_is_seen_on_them():
     torch.testing.assert_close(again, found)
 
 
+def test_two_processes_weight_by_one_mean(monkeypatch):
+    """This one has 0.2 and 0.4, the other a mean of 0.9: the mean of all four is 0.6."""
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.add_(0.9))
+    found = emphasis({"p3": torch.tensor([0.2, 0.4]).view(1, 1, 1, 2)})
+    assert found["p3"].square().flatten().tolist() == pytest.approx([0.2 / 0.6, 0.4 / 0.6])
+
+
 def test_foreground_is_the_highest_objectness_over_a_positions_anchors():
     student = tiny_model("plain")
     detector = detector_of(student)
@@ -320,3 +333,59 @@ def test_the_ends_reach_every_branch():
 def test_other_values_are_one_sentence(key):
     with pytest.raises(UserError, match=rf"MODEL\.ERA\.{key} is 'some': expected one of"):
         tiny_model("era", f"MODEL.ERA.{key}", "some")
+
+
+# ---- everything at once, in two processes -----------------------------------------------------------
+
+# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch are the mean of
+# its images' losses.
+EVERYTHING = [
+    *PROJECTION, *WEIGHTED, "MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.ZERO_START", "True",
+    "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0", "MODEL.ERA.ROI.NORM", "none",
+    "MODEL.ERA.ROI.FEATURE_WEIGHT", "1.0", "MODEL.ERA.ROI.RESIDUAL_WEIGHT", "1.0",
+    "MODEL.ERA.ROI.TWI_WEIGHT", "1.0", "MODEL.ERA.ROI.SOFT_WEIGHT", "1.0",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
+    "MODEL.RESNETS.NORM", "FrozenBN",
+]  # fmt: skip
+IMAGES = batch((2, 2), seed=4)
+
+
+def gradients_of(inputs):
+    """Losses of a step and the gradient of every weight that is trained, averaged over processes if there are two."""
+    model = tiny_model("era", *EVERYTHING)
+    head = model.teacher.model.proposal_generator.rpn_head
+    torch.nn.init.normal_(head.objectness_logits.weight, std=0.5)  # weights that differ
+    wrapped = model
+    if comm.get_world_size() > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    losses, _ = losses_of(wrapped, inputs)
+    sum(losses.values()).backward()
+    return (
+        comm.get_rank(),
+        losses,
+        {k: p.grad for k, p in model.named_parameters() if p.requires_grad},
+    )
+
+
+def _of_one_image(folder):
+    rank, losses, gradients = gradients_of([IMAGES[comm.get_rank()]])
+    losses = {key: value.detach() for key, value in losses.items()}
+    torch.save((losses, gradients), Path(folder) / f"{rank}.pth")
+
+
+def test_with_everything_on_two_processes_equal_one(tmp_path):
+    """No weight without a gradient, equal gradients, and the losses of one process on both images."""
+    torch.set_num_threads(1)
+    launch(_of_one_image, 2, dist_url="auto", args=(str(tmp_path),))
+    (a, first), (b, second) = (torch.load(tmp_path / f"{r}.pth") for r in (0, 1))
+    _, losses, gradients = gradients_of(IMAGES)
+    assert {
+        key for key in losses if key.startswith("loss_era_roi_")
+    } and None not in gradients.values()
+    for key, value in losses.items():
+        torch.testing.assert_close((a[key] + b[key]) / 2, value.detach(), rtol=1e-4, atol=1e-6)
+    for key, value in gradients.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-5)

@@ -391,6 +391,12 @@ def test_the_soft_loss_falls_with_training():
         ([], "with a standardised target", {"twi_rpn", "twi_roi"}),
         (SOFT, "without soft judges", {"twi_rpn", "twi_roi"}),
         ([*SOFT, *STANDARDIZE], "feature mimic alone", set()),
+        ([], "positions weighted", {"twi_rpn", "twi_roi"}),
+        (
+            [],
+            "with the ROI feature",
+            {"twi_rpn", "twi_roi", *(f"roi_{t}" for t in ("feature", "residual", "twi", "soft"))},
+        ),
     ],
 )
 def test_benchmark_rows(opts, row, expected):

@@ -18,8 +18,9 @@ from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.patches import gather_patches
 from era.methods.era.fast.residual import estimate_distances
 from era.methods.era.fast.rpn import knows_rpn_head
-from era.methods.era.losses import emphasis, emphasised, residual_mse, standardised
+from era.methods.era.losses import emphasised, residual_mse, standardised
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
+from era.methods.era.standardise import emphasis
 from era.methods.era.twi import SoftJudges, soft_twi_loss, twi_loss
 from era.modeling.detectors import detector_of
 from era.modeling.detectors.box_losses import box_losses

@@ -8,7 +8,15 @@ from dataclasses import fields
 from detectron2.config import CfgNode
 
 from era.methods.base import Method
-from era.methods.era.config import ALL_ESTIMATES, BY_TEACHER, ENDS, RAW
+from era.methods.era.config import (
+    ALL_ESTIMATES,
+    ALWAYS,
+    BY_JUDGE,
+    BY_TEACHER,
+    ENDS,
+    RAW,
+    ROI_WEIGHTS,
+)
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
@@ -22,10 +30,12 @@ MIMIC = (
     "KD_WEIGHT", 0.0,
     "TWI.RPN_WEIGHT", 0.0,
     "TWI.ROI_WEIGHT", 0.0,
+    *(item for key in ROI_WEIGHTS.values() for item in (f"ROI.{key}", 0.0)),
 )  # fmt: skip
 SOFT = ("TWI.SOFT_RPN_WEIGHT", 1.0, "TWI.SOFT_ROI_WEIGHT", 1.0, "TWI.SOFT_POSITIONS")
 NO_SOFT = ("TWI.SOFT_RPN_WEIGHT", 0.0, "TWI.SOFT_ROI_WEIGHT", 0.0)
 NO_HARD = ("TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0)
+ROI_FEATURE = tuple(item for key in ROI_WEIGHTS.values() for item in (f"ROI.{key}", 1.0))
 BRANCHES = (1, 2, 8)
 
 
@@ -85,6 +95,10 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
     else:
         found["with a raw target"] = with_keys("STANDARDIZE", RAW)
+    found["branches with context"] = with_keys("CONTEXT_KERNEL", 3)
+    found["a projection at equal width"] = with_keys("PROJECTION", ALWAYS)
+    found["positions weighted"] = with_keys("POSITION_WEIGHT", BY_JUDGE)
+    found["with the ROI feature"] = with_keys(*ROI_FEATURE)
     for count in BRANCHES:
         scales = [0.5**i for i in range(count)]
         found[f"N = {count}"] = with_keys("NUM_BRANCHES", count, "SCALES", scales)

@@ -34,21 +34,10 @@ def standardised(maps: Maps, deviation: Maps | None) -> Maps:
     }
 
 
-def emphasis(weights: Maps) -> Maps:
-    """``sqrt(w / mean w)``: maps times this have the mean square ``sum_x w(x) |.(x)|^2 / (C sum_x w(x))``, the sums over
-    the positions of a level in the whole batch. Uniform weights give 1, the plain mean; weights that are all 0 give 0.
-
-    Args:
-        weights: ``w``, level name to (B, 1, H, W), at least 0, constants.
-    """
-    return {
-        level: (w / w.mean().clamp(min=torch.finfo(w.dtype).tiny)).sqrt()
-        for level, w in weights.items()
-    }
-
-
 def emphasised(maps: Maps, by_position: Maps | None) -> Maps:
-    """``maps`` times :func:`emphasis`; None leaves them as they are."""
+    """``maps`` times :func:`~era.methods.era.standardise.emphasis`: the mean square of a difference is then weighted by
+    position; None leaves them as they are.
+    """
     if by_position is None:
         return maps
     return {level: at_least_float32(maps[level]) * root for level, root in by_position.items()}
@@ -114,7 +103,7 @@ def feature_terms(
         target: ``F_T``.
         scales: ``s_1..s_N``.
         deviation: ``sigma_T``; the distances are then standardised too. None for 1.
-        by_position: :func:`emphasis`; the distances are then weighted too. None for 1.
+        by_position: see :func:`emphasised`; the distances are then weighted too. None for 1.
     """
 
     def compared(maps: Maps) -> Maps:

@@ -23,9 +23,9 @@ from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS
 from era.methods.era.fast import ALL_ON, FastTerms, Levers
 from era.methods.era.inference import EstimatingBackbone
-from era.methods.era.losses import emphasis, feature_terms
+from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
-from era.methods.era.standardise import TeacherDeviation
+from era.methods.era.standardise import TeacherDeviation, emphasis
 from era.methods.era.twi import SoftJudges, ends, judge_weights, judgements
 from era.modeling.detectors import Detector
 from era.modeling.detectors.recording import ALL_POSITIONS

@@ -1,4 +1,4 @@
-"""The teacher's own standard deviation by channel, running over training."""
+"""How the teacher has its maps compared: in units of its own deviation by channel, weighted by what it sees."""
 
 from __future__ import annotations
 
@@ -56,12 +56,35 @@ class TeacherDeviation(nn.Module):
         """
         maps = [at_least_float32(target[level]) for level in self.levels]
         newest = torch.stack([x.var((0, 2, 3), correction=0) for x in maps]).to(self.variance)
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(newest)
-            newest /= comm.get_world_size()
+        mean_over_processes(newest)
         self.batches += 1
         weight = self.batches.reciprocal().clamp(min=self.momentum).to(newest)
         self.variance.lerp_(newest, weight)
         smallest = SMALLEST_PART * self.variance.mean() + 1e-12
         deviation = self.variance.maximum(smallest).sqrt()
         return dict(zip(self.levels, deviation.unbind(), strict=True))
+
+
+@torch.no_grad()
+def emphasis(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``sqrt(w / mean w)``: maps times this have the mean square ``sum_x w(x) |.(x)|^2 / (C sum_x w(x))``, the sums over
+    the positions of a level in the whole batch.
+
+    Uniform weights give 1, the plain mean; weights that are all 0 give 0. With several processes the mean is that of
+    every process's own (one all-reduce of a number a level), so that the batch may be split among them.
+
+    Args:
+        weights: ``w``, level name to (B, 1, H, W), at least 0, constants.
+    """
+    means = torch.stack([w.mean() for w in weights.values()])
+    means = mean_over_processes(means).clamp(min=torch.finfo(means.dtype).tiny)
+    pairs = zip(weights.items(), means.unbind(), strict=True)
+    return {level: (w / mean).sqrt() for (level, w), mean in pairs}
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what every process has, in place; with one process nothing."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values /= comm.get_world_size()
+    return values

@@ -36,7 +36,7 @@ def estimate_distances(
         projection: ``P_1..P_N`` side by side, (C, N * h), with ``d_i = P_i g_i``; None for ``d_i = g_i``.
         count: N.
         deviation: ``sigma_T``, (C,), a constant: rows of ``r_0`` and of ``P`` are divided by it. None for 1.
-        by_position: :func:`~era.methods.era.losses.emphasis`, (B, 1, H, W), a constant: columns of ``r_0`` and of
+        by_position: :func:`~era.methods.era.standardise.emphasis`, (B, 1, H, W), a constant: columns of ``r_0`` and of
             ``G`` are multiplied by it. None for 1.
 
     Returns:

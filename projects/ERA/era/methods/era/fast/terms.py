@@ -76,7 +76,7 @@ class FastTerms:
 
         Args:
             deviation: ``sigma_T`` by level, where the target is standardised.
-            by_position: :func:`~era.methods.era.losses.emphasis` by level, where positions are weighted.
+            by_position: :func:`~era.methods.era.standardise.emphasis` by level, where positions are weighted.
         """
         fused = self.levers.fused_branches
         estimates = self._factor(self.estimator, step.student.features, fused=fused)
