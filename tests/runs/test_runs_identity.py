@@ -74,6 +74,14 @@ def test_what_changes_it(of):
     assert changed(first, strong) == every - {"plain"}
     assert changed(first, of(old="ALPHA: 1.0", new="ALPHA: 0.5")) == {"again"}
     assert changed(first, of(opts=["SOLVER.MAX_ITER", "7"])) == every
+    # Where a teacher's maps are kept is a place; keeping them in half precision rounds them.
+    teacher = "distilled: {label: D, config: configs/toy/era.yaml, overrides: {MODEL.TEACHER.CACHE"
+    start = teacher.split(", overrides")[0]
+    assert of(old=start, new=f"{teacher}: memory, MODEL.TEACHER.CACHE_GIB: 1.0}}") == first
+    assert of(old=start, new=f"{teacher}: ./maps}}") == first
+    assert changed(first, of(old=start, new=f"{teacher}_DTYPE: float16}}")) == {
+        "distilled", "again", "longer",
+    }  # fmt: skip
     two = of(seeds=[2, 3])
     assert two["plain_seed2"] == first["plain_seed2"] and two["teacher"] == first["teacher"]
     assert two["longer_seed2"] != first["longer_seed2"]  # it is as long as other runs

@@ -18,6 +18,7 @@ from era.registry import METHOD_REGISTRY, is_distiller, label_free_methods, meth
 
 CHANNELS_LAST = ("auto", "always", "never")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
+CACHE_DTYPES = ("float32", "float16")
 # MODEL.DISTILLER.INIT_STUDENT
 INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN = "none", "heads", "fpn_and_heads"
 INHERITANCE = (INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN)
@@ -58,6 +59,13 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.TEACHER.CHANNELS_LAST = "auto"
     # Run the teacher's backbone through torch.compile; needs a C++ compiler.
     _C.MODEL.TEACHER.COMPILE = False
+    # Where the teacher's maps are kept, by picture, size and flip: "off" (in YAML in quotes, or it means False),
+    # "memory" (each process its own) or a folder's path, with a /, which any processes and runs share.
+    _C.MODEL.TEACHER.CACHE = "off"
+    # Room for them in GiB, of each process in memory, of all together in a folder. Least recently used goes first.
+    _C.MODEL.TEACHER.CACHE_GIB = 4.0
+    # float32 keeps what the teacher computes as it is; float16 takes half the room and rounds: another run.
+    _C.MODEL.TEACHER.CACHE_DTYPE = "float32"
 
     # ---- Training, data, evaluation --------------------------------------------------------------
     # Batches whose gradients are summed into one optimiser step. SOLVER.IMS_PER_BATCH stays the number
@@ -220,6 +228,7 @@ def validate_config(cfg: CfgNode) -> None:
             f"MODEL.TEACHER.CHANNELS_LAST is {cfg.MODEL.TEACHER.CHANNELS_LAST!r}: expected one of "
             f"{', '.join(CHANNELS_LAST)}."
         )
+    _check_cache(cfg.MODEL.TEACHER)
     for method in methods_of(cfg).values():
         method.check_config(cfg)
 
@@ -245,6 +254,21 @@ def _check_unlabeled(cfg: CfgNode) -> None:
             f"SOLVER.UNLABELED_PER_BATCH is {count}, and {names}: expected at least 1 and fewer than "
             f"SOLVER.IMS_PER_BATCH ({total}), in equal parts for SOLVER.ACCUMULATION_STEPS {steps}; set it so, or "
             "leave the list empty."
+        )
+
+
+def _check_cache(keys: CfgNode) -> None:
+    where = keys.CACHE
+    if where not in ("off", "memory") and (os.sep not in where or is_remote(where)):
+        raise UserError(
+            f"MODEL.TEACHER.CACHE is {where!r}: expected off, memory, or a folder of this machine written with "
+            f"a {os.sep}, such as ./{os.path.basename(where) or 'cache'}."
+        )
+    if not 0 < keys.CACHE_GIB < float("inf"):
+        raise UserError(f"MODEL.TEACHER.CACHE_GIB is {keys.CACHE_GIB}: expected GiB above 0.")
+    if keys.CACHE_DTYPE not in CACHE_DTYPES:
+        raise UserError(
+            f"MODEL.TEACHER.CACHE_DTYPE is {keys.CACHE_DTYPE!r}: expected one of {', '.join(CACHE_DTYPES)}."
         )
 
 

@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetCatalog, build_detection_train_loader
 
 from era.data.datasets import UNLABELED_KEY, coco_files
 from era.data.image_folders import unreadable
+from era.data.keyed import training_mapper
 from era.data.validation import read_pictures
 from era.errors import UserError
 
@@ -53,10 +54,10 @@ class UnreadablePicture(UserError):
 
 
 class PictureMapper:
-    """Detectron2's mapper for training, with the same augmentations; raises UnreadablePicture."""
+    """The mapper of the labelled pictures, with the same augmentations; raises UnreadablePicture."""
 
     def __init__(self, cfg: CfgNode):
-        self.mapper = DatasetMapper(cfg, is_train=True)
+        self.mapper = training_mapper(cfg)
 
     def __call__(self, record: dict) -> dict:
         """The model's input: ``image`` and what the record holds."""

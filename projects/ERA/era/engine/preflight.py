@@ -24,6 +24,7 @@ from era.engine.schedule import scale_to_world
 from era.errors import UserError
 from era.modeling.detectors import known_family
 from era.modeling.distiller import Distiller
+from era.modeling.teacher_cache import cache_folder
 from era.registry import is_distiller, methods_of
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,9 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     check_data(cfg, for_training=not args.eval_only)
     check_writable(cfg.OUTPUT_DIR)
+    folder = cache_folder(cfg) if is_distiller(cfg) and not args.eval_only else None
+    if folder is not None:
+        check_writable(folder, key="MODEL.TEACHER.CACHE", what="the teacher's maps")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -125,8 +129,11 @@ def check_data(cfg: CfgNode, *, for_training: bool) -> None:
         check_num_classes(class_names, family.num_classes_in(student), f"student's {key}")
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str, *, key: str = "OUTPUT_DIR", what: str = "this run's files") -> None:
     """A folder in which files can be made; nothing is left behind.
+
+    Args:
+        key, what: the config key that names it and what it is for, in a message.
 
     Raises:
         UserError: it cannot be written.
@@ -141,8 +148,8 @@ def check_writable(folder: str) -> None:
             pass
     except OSError as e:
         raise UserError(
-            f"OUTPUT_DIR {folder} cannot be written ({e.strerror}: {parent}): expected a folder for this "
-            "run's files; choose another with OUTPUT_DIR."
+            f"{key} {folder} cannot be written ({e.strerror}: {parent}): expected a folder for {what}; "
+            f"choose another with {key}."
         ) from e
 
 

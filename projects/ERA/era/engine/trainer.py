@@ -23,11 +23,13 @@ from era import compat
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
 from era.config import INHERIT_FPN, INHERIT_NOTHING
+from era.data.keyed import training_mapper
 from era.data.unlabeled import build_mixed_loader
 from era.engine.evaluation import DetectionEvaluator, evaluate, evaluate_teacher
 from era.engine.preflight import teacher_record
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
+from era.modeling.teacher_cache import TeacherCache, build_teacher_cache
 from era.registry import is_distiller
 
 logger = logging.getLogger(__name__)
@@ -139,6 +141,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ cannot do CPU DDP
         cfg = scale_to_world(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        if isinstance(model, Distiller) and model.teacher is not None:
+            model.teacher.cache = build_teacher_cache(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device = torch.device(cfg.MODEL.DEVICE)
@@ -176,10 +180,14 @@ class Trainer(DefaultTrainer):
             self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, the memory of a GPU, and the plain student at the end."""
+        """Detectron2's hooks, the memory of a GPU, the figures of the teacher's cache, and the plain student at the
+        end."""
         ret = super().build_hooks()
         if self.cfg.MODEL.DEVICE.startswith("cuda"):
             ret.insert(0, GpuMemory())  # before the writers
+        teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
+        if teacher is not None and teacher.cache is not None:
+            ret.insert(0, CacheFigures(teacher.cache))
         if comm.is_main_process():
             ret.append(SaveStudent())
         return ret
@@ -191,9 +199,13 @@ class Trainer(DefaultTrainer):
         steps = cfg.SOLVER.ACCUMULATION_STEPS
         total = cfg.SOLVER.IMS_PER_BATCH // steps
         if len(cfg.DATASETS.UNLABELED) == 0:
-            return build_detection_train_loader(cfg, total_batch_size=total)
+            return build_detection_train_loader(
+                cfg, mapper=training_mapper(cfg), total_batch_size=total
+            )
         unlabeled = cfg.SOLVER.UNLABELED_PER_BATCH // steps
-        labeled = build_detection_train_loader(cfg, total_batch_size=total - unlabeled)
+        labeled = build_detection_train_loader(
+            cfg, mapper=training_mapper(cfg), total_batch_size=total - unlabeled
+        )
         return build_mixed_loader(cfg, labeled, unlabeled)
 
     @classmethod
@@ -226,6 +238,21 @@ class GpuMemory(HookBase):
         """Evaluations before this step count too."""
         mib = torch.cuda.max_memory_allocated() / 2**20
         self.trainer.storage.put_scalar(GPU_MEMORY, mib, smoothing_hint=False)
+
+
+class CacheFigures(HookBase):
+    """Puts the figures of the teacher's cache into the event storage at every step, and into the log at the end."""
+
+    def __init__(self, cache: TeacherCache):
+        self.cache = cache
+
+    def after_step(self) -> None:
+        """Totals since the process began, not to be smoothed."""
+        self.trainer.storage.put_scalars(**self.cache.figures(), smoothing_hint=False)
+
+    def after_train(self) -> None:
+        """One line, also if training stopped early."""
+        logger.info(self.cache.summary())
 
 
 class SaveStudent(HookBase):

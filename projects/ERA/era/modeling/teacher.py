@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 
@@ -17,6 +18,7 @@ from era.checkpoint.writing import weights_hash
 from era.config import get_era_cfg, merge_config, student_config
 from era.errors import UserError
 from era.modeling.detectors import Predictions, detector_of, known_family
+from era.modeling.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,12 @@ class Teacher(nn.Module):
         input_format: channel order that the model expects, ``BGR`` or ``RGB``.
         received_format: channel order of the images that it will be given.
         source: config file and weights as the user named them, for logs and checkpoints.
+        settings: what the model was built from beside its weights, for the keys of a cache.
         channels_last: memory layout of the backbone and its input.
         compile_backbone: run the backbone through ``torch.compile`` in :meth:`features`.
+
+    Attributes:
+        cache: where :meth:`maps` looks first; None, as it is built, for nowhere.
     """
 
     @configurable
@@ -43,6 +49,7 @@ class Teacher(nn.Module):
         input_format: str,
         received_format: str,
         source: dict[str, str],
+        settings: str = "",
         channels_last: bool = False,
         compile_backbone: bool = False,
     ):
@@ -56,6 +63,9 @@ class Teacher(nn.Module):
         )
         self.flip_channels = input_format != received_format
         self.source = source
+        self.settings = settings
+        self.compiled = compile_backbone
+        self.cache: TeacherCache | None = None
         self.requires_grad_(False)
         self.train(False)
         self._sha256: str | None = None
@@ -95,6 +105,7 @@ class Teacher(nn.Module):
             "input_format": formats["teacher"],
             "received_format": formats["student"],
             "source": {"config_file": keys.CONFIG_FILE, "weights": keys.WEIGHTS},
+            "settings": settings_of(teacher_cfg),
             "channels_last": keys.CHANNELS_LAST == "always"
             or (keys.CHANNELS_LAST == "auto" and torch.device(cfg.MODEL.DEVICE).type == "cpu"),
             "compile_backbone": keys.COMPILE,
@@ -154,7 +165,39 @@ class Teacher(nn.Module):
         Raises:
             ValueError: a teacher's map is smaller than the student's (strides differ).
         """
-        return aligned(self._maps(self.preprocess(batched_inputs, *image_size)), like)
+        return aligned(self.maps(batched_inputs, image_size), like)
+
+    @torch.no_grad()
+    def maps(self, batched_inputs: list[dict], image_size: tuple[int, int]) -> dict[str, Tensor]:
+        """All of the teacher's FPN maps on the student's images, of the teacher's padded size, level name to
+        (B, C_T, H, W); out of the cache, if there is one, and equal to the bit on a CPU.
+
+        Args:
+            image_size: as in :meth:`features`.
+        """
+        if self.cache is None:
+            return self._maps(self.preprocess(batched_inputs, *image_size))
+        cache, device, dtype = self.cache, self.model.pixel_mean.device, self._dtype()
+        # On a CPU the last bits of a convolution depend on the number of pictures, not on the others or the order
+        # (oneDNN, float32, one and two threads, both layouts). Half precision has no use for them, and a GPU does
+        # not promise them.
+        exact = device.type == "cpu" and not cache.half
+        number = len(batched_inputs) if exact else None
+        keys = cache.keys(batched_inputs, "maps", *image_size, number, cache.half, *self._scope())
+
+        def compute(positions: list[int]) -> list[dict[str, Tensor]]:
+            inputs = [batched_inputs[i] for i in positions]
+            maps = self._maps(self.preprocess(inputs, *image_size))
+            return [
+                {level: cache.packed(value[i]) for level, value in maps.items()}
+                for i in range(len(positions))
+            ]
+
+        found = cache.get_or_compute(keys, compute, whole=exact)
+        return {
+            level: torch.stack([entry[level].to(device, dtype) for entry in found])
+            for level in found[0]
+        }
 
     @torch.no_grad()
     def detect_with_maps(
@@ -169,13 +212,30 @@ class Teacher(nn.Module):
             One :class:`Instances` an image as :meth:`Detector.detect_on` has them, in pixels of the student's
             input; and level name to (B, C_T, H, W), not cut.
         """
+        maps = self.maps(batched_inputs, image_size)
         images = self.preprocess(batched_inputs, *image_size)
-        maps = self._maps(images)
         with self.detector.boxes_alone():
             return self.detector.detect_on(maps, images), maps
 
     def _maps(self, images: ImageList) -> dict[str, Tensor]:
         return self._backbone[0](images.tensor.contiguous(memory_format=self.memory_format))
+
+    def _dtype(self) -> torch.dtype:
+        """Of the maps: that of mixed precision where it is on, else the weights'."""
+        device = self.model.pixel_mean.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_mixed else self.model.pixel_mean.dtype
+
+    def _scope(self) -> tuple[str, ...]:
+        """What the maps of given pixels follow from, down to their last bits where that is known."""
+        device = self.model.pixel_mean.device
+        where = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        )
+        how = (self.flip_channels, self.memory_format, self.compiled, self._dtype())
+        return (self.sha256, self.settings, *map(str, how), torch.__version__, where)
 
     @torch.no_grad()
     def predict(self, features: dict[str, Tensor], samples: object) -> Predictions:
@@ -211,6 +271,13 @@ def aligned(maps: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tenso
         # once: pooling needs it so, and the losses are faster on the student's layout
         features[level] = value[..., :height, :width].contiguous()
     return features
+
+
+def settings_of(teacher_cfg: CfgNode) -> str:
+    """Hash of all settings of a teacher's model that stock Detectron2 knows, but where it runs."""
+    keys = student_config(teacher_cfg).MODEL
+    keys.DEVICE = keys.WEIGHTS = ""
+    return hashlib.sha256(keys.dump().encode()).hexdigest()
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

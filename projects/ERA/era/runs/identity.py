@@ -42,6 +42,9 @@ ELSEWHERE = (
     "DATASETS.IMAGE_FOLDERS",
     "MODEL.TEACHER.CONFIG_FILE",
     "MODEL.TEACHER.OPTS",
+    # Exact unless CACHE_DTYPE says otherwise, which counts.
+    "MODEL.TEACHER.CACHE",
+    "MODEL.TEACHER.CACHE_GIB",
 )
 
 
