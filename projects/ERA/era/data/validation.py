@@ -69,7 +69,7 @@ def read_pictures(name: str, json_file: str, image_root: str) -> list[dict]:
 
 
 def _read(name: str, json_file: str, lists: Sequence[str] = ("images", "categories")) -> dict:
-    """The file's content with these lists, and with annotations where there are categories."""
+    """The file's content, which has these lists; with categories annotations too, where COCO itself has them."""
     at = f"dataset {name!r}: annotation file {json_file}"
     if not os.path.isfile(json_file):
         raise UserError(f"{at} does not exist: correct its path in {KEY}")

@@ -109,8 +109,8 @@ class Method(nn.Module):
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Weighted losses by name, ``loss_<method>_<term>``; their sum is added to the student's.
 
-        On a step whose ``labeled`` is False, which only a method without ``Needs.labels`` is given, those terms
-        that need no ground truth. Each is a mean over images: the frame takes that over a batch's two parts.
+        On a step whose ``labeled`` is False, which only a method without ``Needs.labels`` is given: the terms that
+        need no ground truth. The frame takes a term of both parts of a batch as their mean, weighted by images.
 
         Statistics belong in the event storage, never in this dict: the trainer sums all of it.
         """
