@@ -226,7 +226,7 @@ def test_last_layers_judge_no_vector_with_0():
     detector = detector_of(tiny_model("plain"))
     nothing = torch.zeros(0, 32, requires_grad=True)
     goal = detector.predict_vectors(nothing.detach())
-    loss = detector.soft_vector_loss(nothing, goal, 1.0)
+    loss = detector.soft_prediction_loss(detector.predict_vectors(nothing), goal, 1.0)
     loss.backward()
     assert loss == 0 and nothing.grad.shape == (0, 32)
 
@@ -241,7 +241,7 @@ def test_predictions_are_the_last_layers_of_the_vectors():
     found = detector.predict_vectors(recording.vectors)
     torch.testing.assert_close(found, recording.predictions)
     with EventStorage(0):
-        found = detector.vector_loss(recording.vectors, recording)
+        found = detector.prediction_loss(found, recording)
         expected = detector.head_loss("roi", recording.features, recording)
     torch.testing.assert_close(found, expected)
 
@@ -333,8 +333,8 @@ def test_other_families_say_that_they_make_no_vectors():
     detector = detector_of(tiny_model("plain"))
     assert Detector.vector_channels.fget(detector) is None
     for name, arguments in {
-        "vectors": ({}, None), "predict_vectors": (None,), "vector_loss": (None, None),
-        "soft_vector_loss": (None, None, 1.0),
+        "vectors": ({}, None), "predict_vectors": (None,), "prediction_loss": (None, None),
+        "soft_prediction_loss": (None, None, 1.0),
     }.items():  # fmt: skip
         with pytest.raises(NotImplementedError, match="RCNN makes no vector of a sample"):
             getattr(Detector, name)(detector, *arguments)

@@ -18,7 +18,7 @@ from era.methods.era.config import ROI_WEIGHTS
 from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.twi import judge_weights
-from era.modeling.detectors import Detector
+from era.modeling.detectors import Detector, Predictions
 from era.modeling.step import Step
 
 ROI = "roi"  # the one "level": vectors (R, D) are maps (R, D, 1, 1), on which a 1x1 conv is a linear layer
@@ -112,17 +112,25 @@ class RoiTerms(nn.Module):
         found, measured = feature_terms(
             cumulative, estimates.residuals, {ROI: target[:, :, None, None]}, self.scales
         )
-        vectors = [e[ROI].flatten(1) for e in cumulative]
-        pairs = list(zip(judge_weights(self.scales), vectors, strict=True))
+        if {"twi", "soft"} & {*self.terms}:
+            found |= self._judgements([e[ROI].flatten(1) for e in cumulative], target, step)
+        return {name: found[name] for name in self.terms}, measured
+
+    def _judgements(self, estimates: list[Tensor], target: Tensor, step: Step) -> dict[str, Tensor]:
+        """``twi`` and ``soft`` as far as they are wanted, of ``e_0..e_N`` and ``f_T``, (R, D) each."""
+        teacher, found = self._teacher[0], {}
+        said = teacher.predict_vectors(torch.cat(estimates))  # one pass for all
+        each = zip(*(x.chunk(len(estimates)) for x in said), strict=True)
+        pairs = list(zip(judge_weights(self.scales), map(Predictions._make, each), strict=True))
         if "twi" in self.terms:
-            found["twi"] = sum(w * teacher.vector_loss(e, step.student) for w, e in pairs)
+            found["twi"] = sum(w * teacher.prediction_loss(own, step.student) for w, own in pairs)
         if "soft" in self.terms:
             with torch.no_grad():
                 goal = teacher.predict_vectors(target)
             found["soft"] = sum(
-                w * teacher.soft_vector_loss(e, goal, self.temperature) for w, e in pairs
+                w * teacher.soft_prediction_loss(own, goal, self.temperature) for w, own in pairs
             )
-        return {name: found[name] for name in self.terms}, measured
+        return found
 
 
 def from_config(cfg: CfgNode, student: Detector, teacher: Detector) -> RoiTerms | None:

@@ -224,13 +224,14 @@ class Detector(ABC):
         """What the last layers say of vectors (R, D), float32: :meth:`predict` is this of :meth:`vectors`."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
-    def vector_loss(self, vectors: Tensor, recording: Recording) -> Tensor:
-        """As :meth:`head_loss`, by the last layers alone, of one vector (R, D) for each of the student's samples."""
+    def prediction_loss(self, predictions: Predictions, recording: Recording) -> Tensor:
+        """As :meth:`head_loss`, of what the last layers say of the student's samples, row by row."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
-    def soft_vector_loss(self, vectors: Tensor, targets: Predictions, temperature: float) -> Tensor:
-        """As :meth:`soft_head_loss`, by the last layers alone: what they say of ``vectors``, (R, D), against what they
-        said of others, row by row."""
+    def soft_prediction_loss(
+        self, predictions: Predictions, targets: Predictions, temperature: float
+    ) -> Tensor:
+        """As :meth:`soft_head_loss`, of what the last layers say against what they said of other vectors, row by row."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
     @property

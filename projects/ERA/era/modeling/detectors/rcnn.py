@@ -259,14 +259,15 @@ class RCNN(Detector):
             total = total + stratum.share * sum(losses.values())
         return total
 
-    def vector_loss(self, vectors: Tensor, recording: RCNNRecording) -> Tensor:
-        """Class and box losses of the box predictor."""
-        return self._sample_loss(self.predict_vectors(vectors), recording.sample(0))
+    def prediction_loss(self, predictions: Predictions, recording: RCNNRecording) -> Tensor:
+        """Class and box losses."""
+        return self._sample_loss(predictions, recording.sample(0))
 
-    def soft_vector_loss(self, vectors: Tensor, targets: Predictions, temperature: float) -> Tensor:
+    def soft_prediction_loss(
+        self, predictions: Predictions, targets: Predictions, temperature: float
+    ) -> Tensor:
         """The mean of :func:`soft_proposal_losses`; 0, connected to the graph, of no proposal."""
-        predictions = self.predict_vectors(vectors)
-        if len(vectors) == 0:
+        if len(predictions.class_logits) == 0:
             return sum(x.sum() * 0 for x in predictions)
         head, own = self.model.roi_heads.box_predictor, (x[None] for x in predictions)
         return soft_proposal_losses(head, *own, targets, temperature).mean()
