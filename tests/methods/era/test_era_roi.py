@@ -222,6 +222,27 @@ def test_fewer_than_two_proposals_give_0_and_a_gradient_everywhere(count, norm):
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in parameters)
 
 
+@pytest.mark.parametrize("count", [0, None], ids=["no proposal", "all"])
+def test_without_labels_no_term_looks_at_ground_truth(count):
+    model = tiny_model("era", *ALL_ON)
+    inputs = batch()
+    with model.detector.record() as recording:
+        losses_of(model.student, inputs)
+    recording.proposals = [p[:count] for p in recording.proposals]
+    recording.vectors = recording.vectors[:count]
+    for p in recording.proposals:
+        p.remove("gt_classes")
+    step = Step(inputs, recording, model.detector, model.teacher, labeled=False)
+    found, _ = model.methods["era"].roi(step)
+    assert found.keys() == TERMS.keys() - {"twi"}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_which_terms_need_labels(name):
+    cfg = tiny_cfg("era", *NO_MAPS, TERMS[name], "1.0")
+    assert ERA.needs(cfg).labels == (name == "twi")
+
+
 def test_last_layers_judge_no_vector_with_0():
     detector = detector_of(tiny_model("plain"))
     nothing = torch.zeros(0, 32, requires_grad=True)

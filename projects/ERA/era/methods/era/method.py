@@ -137,7 +137,8 @@ class ERA(Method):
         """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0. Labels if TWI alone is on."""
         era = cfg.MODEL.ERA
         free = (era.FEATURE_WEIGHT, era.RESIDUAL_WEIGHT, era.KD_WEIGHT,
-                era.TWI.SOFT_RPN_WEIGHT, era.TWI.SOFT_ROI_WEIGHT)  # fmt: skip
+                era.TWI.SOFT_RPN_WEIGHT, era.TWI.SOFT_ROI_WEIGHT,
+                era.ROI.FEATURE_WEIGHT, era.ROI.RESIDUAL_WEIGHT, era.ROI.SOFT_WEIGHT)  # fmt: skip
         return Needs(teacher_at_inference=era.ALPHA > 0, labels=not any(w > 0 for w in free))
 
     @classmethod

@@ -94,7 +94,8 @@ class RoiTerms(nn.Module):
         """Losses by term, without their weights, each over all R sampled proposals:
 
         - ``feature`` = MSE(e_0, sg f_T); ``residual`` = (1/N) sum_i s_i MSE(d_i, sg(f_T - e_{i-1}));
-        - ``twi`` = L(e_0) + (1/N) sum_i s_i L(e_i), L the teacher's class and box losses; ``soft`` likewise.
+        - ``twi`` = L(e_0) + (1/N) sum_i s_i L(e_i), L the teacher's class and box losses, only where there is ground
+          truth; ``soft`` likewise, without it.
 
         Fewer than two proposals, of which a norm over them can make nothing, give 0, connected to the graph.
 
@@ -102,9 +103,10 @@ class RoiTerms(nn.Module):
             The losses, and the distances ``MSE(e_i, f_T)``, (1, N + 1), None without proposals.
         """
         teacher, own = self._teacher[0], step.student.vectors
+        wanted = [term for term in self.terms if step.labeled or term != "twi"]
         if len(own) < 2:
             nothing = sum(p.sum() * 0 for p in self.parameters()) + own.sum() * 0
-            return dict.fromkeys(self.terms, nothing), None
+            return dict.fromkeys(wanted, nothing), None
         with torch.no_grad():
             target = teacher.vectors(step.teacher_features, step.student.samples)
         estimates = self.estimator({ROI: own[:, :, None, None]})
@@ -112,19 +114,22 @@ class RoiTerms(nn.Module):
         found, measured = feature_terms(
             cumulative, estimates.residuals, {ROI: target[:, :, None, None]}, self.scales
         )
-        if {"twi", "soft"} & {*self.terms}:
-            found |= self._judgements([e[ROI].flatten(1) for e in cumulative], target, step)
-        return {name: found[name] for name in self.terms}, measured
+        if {"twi", "soft"} & {*wanted}:
+            vectors = [e[ROI].flatten(1) for e in cumulative]
+            found |= self._judgements(vectors, target, step, wanted)
+        return {name: found[name] for name in wanted}, measured
 
-    def _judgements(self, estimates: list[Tensor], target: Tensor, step: Step) -> dict[str, Tensor]:
+    def _judgements(
+        self, estimates: list[Tensor], target: Tensor, step: Step, wanted: Sequence[str]
+    ) -> dict[str, Tensor]:
         """``twi`` and ``soft`` as far as they are wanted, of ``e_0..e_N`` and ``f_T``, (R, D) each."""
         teacher, found = self._teacher[0], {}
         said = teacher.predict_vectors(torch.cat(estimates))  # one pass for all
         each = zip(*(x.chunk(len(estimates)) for x in said), strict=True)
         pairs = list(zip(judge_weights(self.scales), map(Predictions._make, each), strict=True))
-        if "twi" in self.terms:
+        if "twi" in wanted:
             found["twi"] = sum(w * teacher.prediction_loss(own, step.student) for w, own in pairs)
-        if "soft" in self.terms:
+        if "soft" in wanted:
             with torch.no_grad():
                 goal = teacher.predict_vectors(target)
             found["soft"] = sum(
