@@ -103,6 +103,24 @@ def test_a_methods_defaults_are_its_own_runs_and_no_others(of, monkeypatch):
     identities_._defaults.cache_clear()
 
 
+def test_a_methods_key_at_its_neutral_value_changes_nothing(of, monkeypatch):
+    """Whether it is the default or not, so that a key may come, go, and be made the default."""
+    first = of()
+    pkd = METHOD_REGISTRY.get("PKD")
+    own = pkd.add_config
+    monkeypatch.setattr(pkd, "neutral", {"MODEL.PKD.NEW": [1.0]})
+    for value, expected in (([1.0], set()), ([2.0], {"pkd"})):
+
+        def with_key(cls, cfg, value=value):
+            own(cfg)
+            cfg.MODEL.PKD.NEW = value
+
+        monkeypatch.setattr(pkd, "add_config", classmethod(with_key))
+        identities_._defaults.cache_clear()
+        assert changed(first, of()) == expected
+    identities_._defaults.cache_clear()
+
+
 def test_a_new_key_of_the_frame_changes_nothing_at_its_default(of, monkeypatch):
     first = of()
     own = identities_._leaves

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_model
+from builders import batch, losses_of, tiny_cfg, tiny_model
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -333,6 +333,23 @@ def test_the_ends_reach_every_branch():
 def test_other_values_are_one_sentence(key):
     with pytest.raises(UserError, match=rf"MODEL\.ERA\.{key} is 'some': expected one of"):
         tiny_model("era", f"MODEL.ERA.{key}", "some")
+
+
+# ---- all of them ------------------------------------------------------------------------------------
+
+
+def test_neutral_values_are_values_of_keys_and_bring_no_weight():
+    """Every one is a key of that type, and with all of them there is no weight but those of version 0.1."""
+    cfg = tiny_cfg("era")
+    for key, value in ERA.neutral.items():
+        node, name = cfg, key.split(".")
+        for part in name[:-1]:
+            node = node[part]
+        assert type(node[name[-1]]) is type(value), key
+    opts = [item for pair in ERA.neutral.items() for item in pair]
+    names = {name for name in tiny_model("era", *opts).state_dict() if name.startswith("methods.")}
+    parts = {f"branches.{i}.{x}" for i in range(4) for x in ("0.weight", "0.bias", "2.weight")}
+    assert names == {f"methods.era.estimator.mbrnet.{part}" for part in parts}
 
 
 # ---- everything at once, in two processes -----------------------------------------------------------

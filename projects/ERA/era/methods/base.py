@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class Method(nn.Module):
         idea, paper: one line each.
         loss_labels: what a chart calls each loss, by the loss's name.
         charts: further charts of what the method logs.
+        neutral: keys that came later, by full name, with the value that computes what was computed without them: at it
+            they are no part of what a run's result follows from, so kept results stay good when a key comes or goes.
         alpha_key: the config key, 0 to 1, that says how far inference leans on the teacher; None if the
             trained student alone detects.
     """
@@ -78,6 +80,7 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""
     loss_labels: ClassVar[dict[str, str]] = {}
     charts: ClassVar[tuple[Chart, ...]] = ()
+    neutral: ClassVar[Mapping[str, Any]] = {}
     alpha_key: ClassVar[str | None] = None
 
     @classmethod

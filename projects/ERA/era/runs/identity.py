@@ -3,7 +3,8 @@
 A run's identity is the SHA-256 of a description of
 
 * its settings: those of Detectron2 and of the frame that differ from their default, so that a key which a later
-  version adds repeats nothing; of its methods all of them, so that another default is another run;
+  version adds repeats nothing; of its methods all of them, so that another default is another run, but for those
+  at the value that the method calls neutral;
 * its data, by what they are: a file's content, the names and sizes of a folder's pictures, or what sets that are
   made on first use are made from;
 * the runs that its weights come from, by their own identities, also runs of another plan; other files that its
@@ -100,11 +101,12 @@ def settings(cfg: CfgNode) -> dict[str, Any]:
     unused = {f"MODEL.{name.upper()}" for name, _ in METHOD_REGISTRY} - methods
     if not is_distiller(cfg):
         unused |= {"MODEL.DISTILLER", "MODEL.TEACHER"}
+    neutral = {k: v for method in methods_of(cfg).values() for k, v in method.neutral.items()}
     defaults = _defaults()
     found = {}
     for key, value in _leaves(cfg):
         part = ".".join(key.split(".")[:2])
-        if key in ELSEWHERE or part in unused:
+        if key in ELSEWHERE or part in unused or (key in neutral and value == neutral[key]):
             continue
         if part in methods or key not in defaults or value != defaults[key]:
             found[key] = value

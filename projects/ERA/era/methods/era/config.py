@@ -26,6 +26,21 @@ ROI_WEIGHTS = {
     "soft": "SOFT_WEIGHT",
 }
 
+# Keys that came after results were kept, with the values at which all is as it was before them.
+NEUTRAL = {
+    "MODEL.ERA.PROJECTION": IF_UNEQUAL,
+    "MODEL.ERA.CONTEXT_KERNEL": 0,
+    "MODEL.ERA.ZERO_START": False,
+    "MODEL.ERA.POSITION_WEIGHT": EVEN,
+    "MODEL.ERA.TWI.ESTIMATES": ALL_ESTIMATES,
+    **{f"MODEL.ERA.ROI.{key}": 0.0 for key in ROI_WEIGHTS.values()},
+    "MODEL.ERA.ROI.NUM_BRANCHES": 4,
+    "MODEL.ERA.ROI.SCALES": [1.0, 0.5, 0.25, 0.125],
+    "MODEL.ERA.ROI.HIDDEN_CHANNELS": 0,
+    "MODEL.ERA.ROI.NORM": "BN",
+    "MODEL.ERA.ROI.BETA": 0.0,
+}
+
 
 def add_config(cfg: CfgNode) -> None:
     """Add ``MODEL.ERA``."""

@@ -68,6 +68,7 @@ class ERA(Method):
     paper = "Expandable Residual Approximation, arXiv 2508.16050 (detection form: this project's)"
     loss_labels: ClassVar = LOSS_LABELS
     charts: ClassVar = CHARTS
+    neutral: ClassVar = config.NEUTRAL
     alpha_key = "MODEL.ERA.ALPHA"
     add_config = staticmethod(config.add_config)
     check_config = staticmethod(config.check_config)
