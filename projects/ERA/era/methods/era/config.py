@@ -61,7 +61,8 @@ def add_config(cfg: CfgNode) -> None:
     # Of the first conv of a branch, pixels of the map, odd: dense context, while the others stay KERNEL_SIZE; 0 =
     # KERNEL_SIZE. Not in the official code, whose branches read pooled vectors.
     _C.MODEL.ERA.CONTEXT_KERNEL = 0
-    # Start with B_i = 0, so e_i = e_0 (zero-gain start), here and at the ROI feature; the official code starts its last norm at gain 1.
+    # Start with B_i = 0, so e_i = e_0 (zero-gain start), here and at the ROI feature. The official code does not: its
+    # last norm starts at gain 1.
     _C.MODEL.ERA.ZERO_START = False
     _C.MODEL.ERA.HIDDEN_CHANNELS = 64  # width inside a branch; 0 = the student's channels
     _C.MODEL.ERA.NORM = "none"  # none, BN, SyncBN or GN, after every conv of a branch
@@ -112,19 +113,16 @@ def add_config(cfg: CfgNode) -> None:
     # proposals, in the place of the official code's pooled feature. All weights 0 = not at all. Training alone.
     _C.MODEL.ERA.ROI = CfgNode()
     _C.MODEL.ERA.ROI.FEATURE_WEIGHT = 0.0  # w_f: MSE(P f_S, f_T); official: 5
-    _C.MODEL.ERA.ROI.RESIDUAL_WEIGHT = (
-        0.0  # w_g: (1/N) sum_i s_i MSE(d_i, f_T - e_{i-1}); official: 1
-    )
+    # w_g: (1/N) sum_i s_i MSE(d_i, f_T - e_{i-1}); official: 1
+    _C.MODEL.ERA.ROI.RESIDUAL_WEIGHT = 0.0
     # w_o: the teacher's box predictor on e_0 (weight 1) and e_i (s_i / N) against the ground truth; official: 1
     _C.MODEL.ERA.ROI.TWI_WEIGHT = 0.0
-    _C.MODEL.ERA.ROI.SOFT_WEIGHT = (
-        0.0  # the same against its own outputs on f_T; official: featKL, off
-    )
+    # The same against its own outputs on f_T (official: the classes alone, featKL, off by default)
+    _C.MODEL.ERA.ROI.SOFT_WEIGHT = 0.0
     _C.MODEL.ERA.ROI.NUM_BRANCHES = 4  # N (official)
     _C.MODEL.ERA.ROI.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N (official)
-    _C.MODEL.ERA.ROI.HIDDEN_CHANNELS = (
-        0  # width inside a branch; 0 = the student's vector (official)
-    )
+    # Width inside a branch; 0 = that of the student's vector (official)
+    _C.MODEL.ERA.ROI.HIDDEN_CHANNELS = 0
     _C.MODEL.ERA.ROI.NORM = "BN"  # as MODEL.ERA.NORM, over proposals (official: BN)
     # Branch i > 1 reads alpha_i f_S + sum_{j<i} beta_ij B_j, learned by channel, alpha_i = 1 at the start and beta_ij =
     # this (official: alphabeta 0, alphabeta2 1; its training script reads f_S alone).
