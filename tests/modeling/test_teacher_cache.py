@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_training_is_the_same_to_the_bit(config, layout, tmp_path):
     assert cache.served == cache.asked
 
 
-def test_a_run_is_the_same_to_the_bit(tiny_data, tmp_path):
+def test_a_run_is_the_same_to_the_bit(tiny_data, tmp_path, caplog):
     """Through the trainer, its loader and its mapper, with the flips that it draws."""
 
     def run(name, *opts):
@@ -97,7 +98,10 @@ def test_a_run_is_the_same_to_the_bit(tiny_data, tmp_path):
         trainer.train()
         return trainer
 
-    plain, cached = run("plain"), run("cached", "MODEL.TEACHER.CACHE", "memory")
+    plain = run("plain")
+    with caplog.at_level(logging.INFO, logger="era"):
+        cached = run("cached", "MODEL.TEACHER.CACHE", "memory")
+    assert re.search(r"Teacher cache \(memory\): \d+ of 24 pictures served", caplog.text)
     weights = plain.bare_model.state_dict()
     for name, value in cached.bare_model.state_dict().items():
         assert torch.equal(value, weights[name]), name

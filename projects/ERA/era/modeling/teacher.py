@@ -177,7 +177,7 @@ class Teacher(nn.Module):
         """
         if self.cache is None:
             return self._maps(self.preprocess(batched_inputs, *image_size))
-        cache, device, dtype = self.cache, self.model.pixel_mean.device, self._dtype()
+        cache, device = self.cache, self.model.pixel_mean.device
         # On a CPU the last bits of a convolution depend on the number of pictures, not on the others or the order
         # (oneDNN, float32, one and two threads, both layouts). Half precision has no use for them, and a GPU does
         # not promise them.
@@ -194,8 +194,9 @@ class Teacher(nn.Module):
             ]
 
         found = cache.get_or_compute(keys, compute, whole=exact)
+        dtype = self._dtype() if cache.half else None  # of what was rounded; else as it was computed
         return {
-            level: torch.stack([entry[level].to(device, dtype) for entry in found])
+            level: torch.stack([entry[level].to(device=device, dtype=dtype) for entry in found])
             for level in found[0]
         }
 
