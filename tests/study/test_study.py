@@ -154,7 +154,7 @@ def test_a_study_is_a_name_or_a_path(tmp_path):
     (tmp_path / "mine.yaml").touch()
     assert find_plan(str(tmp_path / "mine.yaml"), REPO) == tmp_path / "mine.yaml"
     with pytest.raises(
-        UserError, match=r"no study 'part': name one of demo, equal_time, few_labels"
+        UserError, match=r"no study 'part': name one of coco, demo, equal_time, few_labels"
     ):
         main(["part"], root=REPO)
 

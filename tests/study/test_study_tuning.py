@@ -13,7 +13,7 @@ from study_case import SPEC, Checkout
 from era.data import toy
 from era.errors import UserError
 from era.runs.plan import make_runs
-from era.runs.schema import read_plan
+from era.runs.schema import read_plan, with_chosen
 from era.study.tuning import Choice, check_split, shared_picture, tries_plan, wanted
 
 PLAN = """
@@ -184,6 +184,16 @@ def read(tmp_path, monkeypatch):
         return read_plan(tmp_path / "plan.yaml")
 
     return read
+
+
+def test_a_choice_is_added_as_the_plan_was_read(read):
+    plan = read()
+    plan.file.write_text("edited meanwhile")
+    chosen = with_chosen(plan, {"distilled": ("MODEL.ERA.FEATURE_WEIGHT", "5.0")})
+    own = ("MODEL.ERA.FEATURE_WEIGHT", "9.0", "MODEL.ERA.FEATURE_WEIGHT", "5.0")
+    assert chosen.variants["distilled_long"].overrides == (*own, "SOLVER.MAX_ITER", "12")
+    assert chosen.variants["again_short"].overrides[:4] == own
+    assert chosen.variants["pkd_short"] == plan.variants["pkd_short"]
 
 
 def test_only_what_is_asked_for_is_tried(read, tmp_path):

@@ -70,6 +70,7 @@ class Plan:
     results: Path | None = None  # folder below the repository's root in which results are kept
     num_gpus: int = 1  # of every run
     tuning: Tuning | None = None
+    entries: dict = field(default_factory=dict, repr=False)  # of the file, as they were read
 
     @property
     def name(self) -> str:
@@ -130,11 +131,8 @@ def scheduled(variants: dict[str, Variant], schedules: dict[str, int]) -> dict[s
     return found
 
 
-def read_plan(path: Path, chosen: Mapping[str, Sequence[str]] | None = None) -> Plan:
+def read_plan(path: Path) -> Plan:
     """Read a plan.
-
-    Args:
-        chosen: further overrides, ``[KEY, VALUE, ...]``, of students that were tuned.
 
     Raises:
         UserError: one sentence about the first mistake, with the file and the entry.
@@ -152,15 +150,20 @@ def read_plan(path: Path, chosen: Mapping[str, Sequence[str]] | None = None) -> 
         raise UserError(
             f"the plan {path} is not YAML ({' '.join(str(e).split())}): correct it."
         ) from e
-    return _Reader(path, chosen or {}).plan(value)
+    return _Reader(path).plan(value)
+
+
+def with_chosen(plan: Plan, chosen: Mapping[str, Sequence[str]]) -> Plan:
+    """The plan with further overrides, ``[KEY, VALUE, ...]``, of students that were tuned, by their names there."""
+    return _Reader(plan.file, chosen).plan(plan.entries)
 
 
 class _Reader:
     """Checks the values of one file; ``where`` names an entry as ``runs.student.weights``."""
 
-    def __init__(self, file: Path, chosen: Mapping[str, Sequence[str]]):
+    def __init__(self, file: Path, chosen: Mapping[str, Sequence[str]] | None = None):
         self.file = file
-        self.chosen = chosen
+        self.chosen = chosen or {}
 
     def plan(self, value: Any) -> Plan:
         plan = self.mapping(value, "the plan", PLAN_ENTRIES)
@@ -207,6 +210,7 @@ class _Reader:
             results=self.results(plan["results"]) if "results" in plan else None,
             num_gpus=num_gpus,
             tuning=tuning,
+            entries=plan,
         )
 
     def tuning(self, value: Any, variants: dict[str, Variant]) -> Tuning:

@@ -22,11 +22,11 @@ from era.runs.identity import identities
 from era.runs.placement import check_gpus, usable_gpus
 from era.runs.plan import Run, make_runs
 from era.runs.results import Result, make_result, read_results, write_result
-from era.runs.schema import Plan, read_plan
+from era.runs.schema import Plan, read_plan, with_chosen
 from era.study import equal_time, tuning
 from era.study.figures import write_charts, write_curves
 from era.study.page import page, table
-from era.study.summary import summarise
+from era.study.summary import Entry, summarise
 
 PRODUCTS = ("table.md", "results.json", "curves.svg", "charts.svg")
 FAILED = 1  # exit status
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         UserError: options or a plan that do not fit, a folder that is not the study's, a result that is none.
     """
     args = argument_parser().parse_args(argv)
-    plan = read_plan(find_plan(args.study, root).resolve())
+    plan = read_plan(find_plan(args.study, root))
     output = (args.output or root / "output" / "study" / plan.name).expanduser().resolve()
     given = given_teacher(plan, args.teacher)
     if args.jobs is not None and args.jobs < 1:
@@ -87,13 +87,13 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
     os.chdir(root)
     make = partial(make_runs, output=output, only=args.variants, given=given)
     runs = make(plan, seeds=args.seeds or ())
-    tries = (
-        make(tuning.tries_plan(plan), only=tuning.wanted(plan, args.variants))
-        if plan.tuning
-        else []
-    )
+    tries = []
+    if plan.tuning:
+        tries = make(tuning.tries_plan(plan), only=tuning.wanted(plan, args.variants))
     every = list({run.name: run for run in (*tries, *runs)}.values())  # teachers are in both
     check_gpus(every, gpus)
+    if gpus:
+        print(f"{jobs} runs at a time on the GPUs {', '.join(gpus)}", flush=True)
     train = partial(run_all, jobs=jobs, gpus=gpus, fresh=args.fresh)
     with (
         prepare_folder(output, runs=every, products=PRODUCTS, reuse=not args.fresh),
@@ -104,31 +104,17 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         choices, problems, waiting = [], {}, {}
         if tries:
             tuning.check_split(plan, runs)
-            print(
-                f"first {len(tries)} runs to choose from, then {len(runs)} to compare", flush=True
-            )
+            print(f"first {len(tries)} runs to choose from, then {len(runs)} to compare; the time that remains is "
+                  "that of the part at work", flush=True)  # fmt: skip
             results, problems = train(plan, tries)
             choices, missing = tuning.choose(plan, tries, results)
-            plan = read_plan(plan.file, {choice.student: choice.overrides for choice in choices})
+            plan = with_chosen(plan, {choice.student: choice.overrides for choice in choices})
             runs, waiting = make(plan, seeds=args.seeds or ()), tuning.blocked(plan, missing)
         results, failed = train(plan, [run for run in runs if run.variant not in waiting])
         problems |= failed
         problems |= {run.name: waiting[run.variant] for run in runs if run.variant in waiting}
         entries = summarise(plan, runs, results)
-        text = page(plan, entries, problems, choices)
-        (output / "table.md").write_text(text, encoding="utf-8")
-        write_curves(entries, output / "curves.svg")
-        write_charts(entries, output / "charts.svg")
-        found = {
-            "plan": str(plan.file),
-            "versions": environment.versions(),
-            "machine": environment.machine(),
-            "variants": [entry.as_dict() for entry in entries],
-            "equal_time": equal_time.as_dict(entries),
-            "tuning": [choice.as_dict() for choice in choices],
-            "missing": problems,
-        }
-        (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_products(plan, entries, choices, problems, output)
     print(f"\n{table(entries)}\n\nMore of it, and how it was counted: {output / 'table.md'}")
     return tell_missing(len(every), problems)
 
@@ -177,6 +163,34 @@ def run_all(
         on_finished=keep,
     )
     return results, {name: state.problem for name, state in states.items() if state.problem}
+
+
+def write_products(
+    plan: Plan,
+    entries: Sequence[Entry],
+    choices: Sequence[tuning.Choice],
+    problems: Mapping[str, str],
+    output: Path,
+) -> None:
+    """Write the :data:`PRODUCTS` into the study's folder; a figure with nothing in it is left out.
+
+    Args:
+        problems: why runs are missing, by their names.
+    """
+    text = page(plan, entries, problems, choices)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    write_curves(entries, output / "curves.svg")
+    write_charts(entries, output / "charts.svg")
+    found = {
+        "plan": str(plan.file),
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "variants": [entry.as_dict() for entry in entries],
+        "equal_time": equal_time.as_dict(entries),
+        "tuning": [choice.as_dict() for choice in choices],
+        "missing": problems,
+    }
+    (output / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def tell_missing(count: int, problems: Mapping[str, str]) -> int:
