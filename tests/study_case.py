@@ -47,7 +47,8 @@ class Checkout:
     """A repository's top with a plan, in which runs end at once, with the AP of their variant plus their seed."""
 
     def __init__(self, root: Path, monkeypatch, plan: str, ap: dict[str, float]):
-        self.root, self.failing, self.started, self.ap = root, set(), {}, ap
+        self.root, self.failing, self.ap = root, set(), ap
+        self.started, self.lent = {}, {}
         (root / "studies").mkdir(parents=True)
         (root / "configs").symlink_to(REPO / "configs")
         self.write(plan)
@@ -61,7 +62,7 @@ class Checkout:
         (self.root / "studies" / "two.yaml").write_text(text)
 
     def start(self, run, threads, gpus):
-        self.started[run.name] = run
+        self.started[run.name], self.lent[run.name] = run, gpus
         ap = self.ap[run.variant] + (run.seed or 0)
         command = FAIL if run.name in self.failing else training(run.folder, ap)
         object.__setattr__(run, "command", command)

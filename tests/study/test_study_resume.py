@@ -95,6 +95,36 @@ def test_results_that_are_lost_are_written_again_from_the_folder(checkouts, monk
     assert list(here.started) == ["plain_seed1"]
 
 
+def test_results_of_an_earlier_version_get_their_charts_from_the_folder(checkouts):
+    here, there = checkouts
+    assert here.study("--seeds", "1") == 0
+    kept = here.results / "distilled_seed1.json"
+    before = json.loads(kept.read_text())
+    assert before["charts"] == {}
+    there.results.mkdir(parents=True)
+    (there.results / kept.name).write_bytes(kept.read_bytes())
+    with open(here.root / "output/study/two/distilled_seed1/metrics.json", "a") as file:
+        file.write('\n{"iteration": 99, "era/p3/residual_e0": 0.5, "era/p3/residual_e1": 0.25}\n')
+    assert here.study("--seeds", "1") == 0 and not here.started
+    after = json.loads(kept.read_text())
+    ((_, ends),) = after.pop("charts").items()
+    assert ends == {"0": 0.5, "1": 0.25} and after == {k: before[k] for k in after}
+    text = (here.root / "output/study/two/table.md").read_text()
+    assert "left after the branches" in text and "50%" in text
+    assert (here.root / "output/study/two/charts.svg").is_file()
+    # Where the folder is not, the result stands as it is.
+    assert there.study("--seeds", "1") == 0 and "distilled_seed1" not in there.started
+
+
+def test_on_gpus_there_are_as_many_runs_at_a_time_each_on_its_own(checkouts, capsys, monkeypatch):
+    here, _ = checkouts
+    assert here.study("--seeds", "1") == 0 and {*here.lent.values()} == {None}
+    monkeypatch.setattr("era.study.cli.usable_gpus", lambda: ("4", "6"))
+    assert here.study("--fresh") == 0
+    assert "2 runs at a time on the GPUs 4, 6" in capsys.readouterr().out
+    assert {*here.lent.values()} == {("4",), ("6",)} and len(here.lent) == 7
+
+
 def test_what_needs_a_failed_teacher_is_skipped_by_name(checkouts, capsys):
     here, _ = checkouts
     here.failing = {"teacher"}

@@ -17,12 +17,13 @@ from era import environment
 from era.engine.preflight import check_data
 from era.errors import UserError
 from era.runs.execute import State, execute, interruptible
-from era.runs.folder import prepare_folder
+from era.runs.folder import is_finished, prepare_folder
 from era.runs.identity import identities
 from era.runs.placement import check_gpus, usable_gpus
 from era.runs.plan import Run, make_runs
 from era.runs.results import Result, make_result, read_results, write_result
 from era.runs.schema import Plan, read_plan, with_chosen
+from era.runs.series import method_charts
 from era.study import equal_time, tuning
 from era.study.figures import write_charts, write_curves
 from era.study.page import page, table
@@ -138,6 +139,8 @@ def run_all(
             print(
                 f"{plan.results / name}.json is of other settings: {name} is to be run", flush=True
             )
+        for name in lacking_charts(runs, results):
+            del results[name]  # made again, from its folder
     known = {name: result.iterations for name, result in results.items()}
 
     def keep(state: State) -> None:
@@ -163,6 +166,19 @@ def run_all(
         on_finished=keep,
     )
     return results, {name: state.problem for name, state in states.items() if state.problem}
+
+
+def lacking_charts(runs: Sequence[Run], results: Mapping[str, Result]) -> list[str]:
+    """Names of results without their methods' charts, as earlier versions kept them, whose runs' folders are here."""
+    folder_of = {run.name: run.folder for run in runs}
+    return [
+        run.name
+        for run in runs
+        if run.name in results
+        and method_charts(run.methods)
+        and not results[run.name].charts
+        and is_finished(run, results[run.name].identity, folder_of)
+    ]
 
 
 def write_products(
