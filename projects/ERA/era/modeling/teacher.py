@@ -194,7 +194,9 @@ class Teacher(nn.Module):
             ]
 
         found = cache.get_or_compute(keys, compute, whole=exact)
-        dtype = self._dtype() if cache.half else None  # of what was rounded; else as it was computed
+        dtype = (
+            self._dtype() if cache.half else None
+        )  # of what was rounded; else as it was computed
         return {
             level: torch.stack([entry[level].to(device=device, dtype=dtype) for entry in found])
             for level in found[0]

@@ -141,7 +141,7 @@ class TeacherCache:
         rate = self.served / max(self.asked, 1)
         return (
             f"Teacher cache ({self.store.where}): {self.served} of {self.asked} pictures served ({rate:.1%}), "
-            f"{self.saved_seconds:.1f} s saved, {self.store.held / GIB:.2f} of {self.store.budget / GIB:g} GiB held."
+            f"{self.saved_seconds:.1f} s saved, {self.store.held / GIB:.3g} of {self.store.budget / GIB:g} GiB held."
         )
 
     def _say_bypassed(self, reason: str) -> None:
