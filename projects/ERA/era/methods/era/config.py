@@ -71,16 +71,16 @@ def add_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.ACCUMULATED_INPUTS = True
     # One up-projection U for all branches (True) or one U_i each (False). Only if channels differ.
     _C.MODEL.ERA.SHARED_UP_PROJECTION = False
-    _C.MODEL.ERA.SCALES = [1.0, 0.5, 0.25, 0.125]  # s_1..s_N, weights of the branches' losses
+    _C.MODEL.ERA.SCALES = [1.0, 1.0, 1.0, 1.0]  # s_1..s_N, weights of the branches' losses
 
     # Loss weights; 0 switches a term off, and it is then not computed.
-    _C.MODEL.ERA.FEATURE_WEIGHT = 1.0  # w_f: MSE(e_0, F_T)
-    _C.MODEL.ERA.RESIDUAL_WEIGHT = 1.0  # w_r: (1/N) sum_i s_i MSE(d_i, F_T - e_{i-1})
+    _C.MODEL.ERA.FEATURE_WEIGHT = 20.0  # w_f: MSE(e_0, F_T)
+    _C.MODEL.ERA.RESIDUAL_WEIGHT = 5.0  # w_r: (1/N) sum_i s_i MSE(d_i, F_T - e_{i-1})
     _C.MODEL.ERA.KD_WEIGHT = 0.0  # w_k: tau^2 KL(teacher ROI classes || student ROI classes)
     _C.MODEL.ERA.KD_TEMPERATURE = 1.0  # tau, of the soft judges' classes too
     # Divide e_i, d_i and F_T in the feature and residual losses by 1 (none) or by sigma_T, the teacher's own
     # standard deviation by channel and level, running over training (teacher).
-    _C.MODEL.ERA.STANDARDIZE = RAW
+    _C.MODEL.ERA.STANDARDIZE = BY_TEACHER
     # w(x) in the feature and residual losses, sum_x w |e_i - F_T|^2 / (C sum_x w): 1 (none), or the teacher's highest
     # objectness probability over a position's anchors (teacher). Not in the official code (Ultralytics 2026).
     _C.MODEL.ERA.POSITION_WEIGHT = EVEN
@@ -88,17 +88,17 @@ def add_config(cfg: CfgNode) -> None:
     # Teacher Weight Integration: the teacher's heads, frozen, judge e_0 (weight 1) and every e_i (weight
     # s_i / N) against the ground truth.
     _C.MODEL.ERA.TWI = CfgNode()
-    _C.MODEL.ERA.TWI.RPN_WEIGHT = 1.0  # weight of the RPN losses on the estimates
-    _C.MODEL.ERA.TWI.ROI_WEIGHT = 1.0  # weight of the ROI box head losses on the estimates
+    _C.MODEL.ERA.TWI.RPN_WEIGHT = 0.0  # weight of the RPN losses on the estimates
+    _C.MODEL.ERA.TWI.ROI_WEIGHT = 0.0  # weight of the ROI box head losses on the estimates
     # Soft judges, beside or in the place of the ground truth: the same heads on the same estimates match their own
     # outputs on the teacher's maps F_T. They need no label.
-    _C.MODEL.ERA.TWI.SOFT_RPN_WEIGHT = 0.0  # weight of objectness and anchor deltas
-    _C.MODEL.ERA.TWI.SOFT_ROI_WEIGHT = 0.0  # weight of ROI classes and boxes
+    _C.MODEL.ERA.TWI.SOFT_RPN_WEIGHT = 1.0  # weight of objectness and anchor deltas
+    _C.MODEL.ERA.TWI.SOFT_ROI_WEIGHT = 1.0  # weight of ROI classes and boxes
     # Which estimates the heads judge, hard and soft: all, e_0..e_N with the weights above; or the ends, e_0 and e_N,
     # the latter with all of sum_i s_i / N, at the cost of two estimates whatever N.
     _C.MODEL.ERA.TWI.ESTIMATES = ALL_ESTIMATES
     # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
-    _C.MODEL.ERA.TWI.SOFT_POSITIONS = ALL_POSITIONS
+    _C.MODEL.ERA.TWI.SOFT_POSITIONS = SAMPLED_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
     # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
     _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
