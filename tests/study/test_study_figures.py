@@ -71,6 +71,6 @@ def test_the_share_that_is_left_is_a_column_of_the_table():
     alone = entry("alone", curve, charts=(GAP,), ends=[{GAP.title: {"0": 0.6}}])
     assert old.share("left in all") is alone.share("left in all") is None and old.ends(GAP) == {}
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table([full, old, alone]).splitlines()]  # fmt: skip
-    assert rows[0][-1] == "left in all" and [row[-1] for row in rows[2:]] == ["52%", "–", "–"]
+    assert rows[0][-1] == "left in all" and [row[-1] for row in rows[2:]] == ["52.5%", "–", "–"]
     assert "left in all" not in table([old, alone])
     assert full.as_dict()["shares"] == {"left in all": pytest.approx(0.525)}

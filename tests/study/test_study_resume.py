@@ -110,7 +110,7 @@ def test_results_of_an_earlier_version_get_their_charts_from_the_folder(checkout
     ((_, ends),) = after.pop("charts").items()
     assert ends == {"0": 0.5, "1": 0.25} and after == {k: before[k] for k in after}
     text = (here.root / "output/study/two/table.md").read_text()
-    assert "left after the branches" in text and "50%" in text
+    assert "left after the branches" in text and "50.0%" in text
     assert (here.root / "output/study/two/charts.svg").is_file()
     # Where the folder is not, the result stands as it is.
     assert there.study("--seeds", "1") == 0 and "distilled_seed1" not in there.started

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
 
 from era.study.summary import Entry
 
@@ -127,8 +126,6 @@ def _draw_ends(axis: Axes, chart: Chart, entries: Sequence[Entry], look: dict[st
     axis.set_xlim(-0.3, len(groups) - 0.7)
     axis.set_title(chart.title)
     axis.set_ylabel(f"{chart.y_label}, at the end")
-    if chart.log_scale:
-        axis.set_yscale("log")
-        axis.grid(which="both")
-        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            formatter(FormatStrFormatter("%.3g"))
+    axis.set_ylim(
+        bottom=min(0.0, axis.get_ylim()[0])
+    )  # so that what is taken off shows in proportion

@@ -45,7 +45,7 @@ def table(entries: Sequence[Entry]) -> str:
                 tables.number(entry.median("step_ms"), ".0f"),
                 tables.number(entry.median("peak_mib"), ".0f"),
                 *[tables.number(entry.median("gpu_mib"), ".0f")] * has_gpu,
-                *(tables.number(entry.share(name), ".0%") for name in shares),
+                *(tables.number(entry.share(name), ".1%") for name in shares),
             ]
         )
     return tables.markdown(headings, rows, texts=2)

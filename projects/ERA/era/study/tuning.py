@@ -147,10 +147,15 @@ def table(plan: Plan, choices: Sequence[Choice]) -> str:
             rows.append([choice.label, ", ".join(pairs) or "as it stands", chosen, ap])
     if not rows:
         return ""
-    tuning, dataset = plan.tuning, plan.tuning.dataset
+    dataset, seeds = plan.tuning.dataset, plan.tuning.seeds
+    over = (
+        f"mean over the seeds {', '.join(map(str, seeds))}"
+        if len(seeds) > 1
+        else f"seed {seeds[0]}"
+    )
     about = (
-        f"Chosen before, {len(choices[0].candidates)} tries each, by AP on `{dataset}` (mean over the seeds "
-        f"{', '.join(map(str, tuning.seeds))}), whose pictures take no part in the tables above:"
+        f"Chosen before, {len(choices[0].candidates)} tries each, by AP on `{dataset}` ({over}), whose pictures take no "
+        "part in the tables above:"
     )
     return f"{about}\n\n{tables.markdown(['variant', 'overrides', '', f'AP on {dataset}'], rows, texts=3)}"
 
