@@ -50,7 +50,6 @@ def test_there_are_configs():
         ("mask_era_r101_r50", "mask_plain_r50"),
         ("toy/mask_era", "toy/mask_plain"),
         ("trees/era", "trees/plain"),
-        ("trees/era_soft", "trees/plain"),
         ("trees/methods/pkd", "trees/plain"),
     ],
 )

@@ -311,13 +311,13 @@ def test_the_coco_study_is_ready_for_eight_gpus(tmp_path, monkeypatch):
             assert control.TWI[key] == total * era.TWI[key]
 
 
-@pytest.mark.parametrize("name", ["few_labels", "trees"])
+@pytest.mark.parametrize("name", ["few_labels", "full", "trees"])
 def test_the_control_without_branches_has_the_same_total_weight(name, tmp_path, monkeypatch):
     """Soft judges: 1 on e_0 and s_i / N on every e_i, against all of it on e_0."""
     monkeypatch.chdir(REPO)
     plan = read_plan(REPO / "studies" / f"{name}.yaml")
     keys = {run.variant: run.config.MODEL.ERA for run in make_runs(plan, tmp_path, seeds=(1,))}
-    era, control = keys["era_soft_long"], keys["era_soft_n0_long"]
+    era, control = keys["era_long"], keys["era_n0_long"]
     total = 1 + sum(era.SCALES) / era.NUM_BRANCHES
     assert control.NUM_BRANCHES == 0 and list(control.SCALES) == []
     for key in ("SOFT_RPN_WEIGHT", "SOFT_ROI_WEIGHT"):
@@ -330,9 +330,9 @@ def test_the_rows_with_unlabelled_pictures_differ_in_these_alone(tmp_path, monke
     plan = read_plan(REPO / "studies" / "few_labels.yaml")
     cfgs = {run.variant: run.config for run in make_runs(plan, tmp_path, seeds=(1,))}
     for name, of, pictures in (
-        ("pkd_unlabeled", "pkd", (4, 4)),
-        ("era_soft_unlabeled", "era_soft", (4, 4)),
-        ("era_soft_unlabeled_16", "era_soft", (8, 8)),
+        ("pkd_unlabeled", "pkd_tuned", (4, 4)),
+        ("era_unlabeled", "era", (4, 4)),
+        ("era_unlabeled_16", "era", (8, 8)),
     ):
         cfg, other = cfgs[f"{name}_long"].clone(), cfgs[f"{of}_long"].clone()
         assert cfg.DATASETS.UNLABELED == ("era_toy_train_rest",) and not other.DATASETS.UNLABELED

@@ -150,19 +150,19 @@ def test_curves_are_means_over_seeds(study, tmp_path):
 
 
 def test_a_study_is_a_name_or_a_path(tmp_path):
-    assert find_plan("parts", REPO) == REPO / "studies" / "parts.yaml"
+    assert find_plan("full", REPO) == REPO / "studies" / "full.yaml"
     (tmp_path / "mine.yaml").touch()
     assert find_plan(str(tmp_path / "mine.yaml"), REPO) == tmp_path / "mine.yaml"
     with pytest.raises(
-        UserError, match=r"no study 'part': name one of coco, demo, equal_time, few_labels"
+        UserError, match=r"no study 'part': name one of ablations, coco, demo, equal_time"
     ):
         main(["part"], root=REPO)
 
 
 def test_a_given_teacher(tmp_path):
-    plan = read_plan(REPO / "studies" / "parts.yaml")
+    plan = read_plan(REPO / "studies" / "full.yaml")
     with pytest.raises(UserError, match=r"--teacher .* is no file"):
-        main(["parts", "--teacher", str(tmp_path / "none.pth")], root=REPO)
+        main(["full", "--teacher", str(tmp_path / "none.pth")], root=REPO)
     (tmp_path / "model_final.pth").touch()
     weights = tmp_path / "model_final.pth"
     assert given_teacher(plan, weights) == {"teacher": weights} and given_teacher(plan, None) == {}

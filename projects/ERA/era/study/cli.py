@@ -46,7 +46,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "another machine goes on.",
     )
     parser.add_argument(
-        "study", help="a name in studies/, such as parts, or the path of a YAML file"
+        "study", help="a name in studies/, such as full, or the path of a YAML file"
     )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these of the study, by the names "
                         "of its runs (with schedules: NAME_SCHEDULE), and what they need; default all")  # fmt: skip
