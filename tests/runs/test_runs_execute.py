@@ -22,6 +22,7 @@ from era.runs import folder as folders
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 from era.runs.plan import Run
 from era.runs.progress import Progress
+from era.runs.remaining import remaining_seconds
 
 
 def write_metrics(folder: Path, lines: list[dict]) -> None:
@@ -235,13 +236,14 @@ def test_a_log_file_gets_a_line_now_and_then_without_control_characters():
     out = io.StringIO()
     progress = Progress(1000, 100, out)
     for done in range(100, 400):
-        progress.show(1000, done, "student 3/8")
+        progress.show(1000, done, 754.2, "student 3/8")
     progress.say("teacher: done in 3 s")
-    progress.show(1200, 1200, "")
+    progress.show(1200, 1200, 754.2, "student evaluating")
     progress.close()
     lines = out.getvalue().splitlines()
     assert len(lines) < 6 and "teacher: done in 3 s" in lines
-    assert lines[0].startswith("100/1000 steps [00:00<?") and "1200/1200 steps" in lines[-1]
+    assert lines[0].startswith("100/1000 steps [00:00")
+    assert lines[-1] == "1200/1200 steps [00:00, about 12:34 left, student evaluating]"
     assert all(line.isprintable() for line in lines)
 
 
@@ -254,11 +256,46 @@ def test_a_terminal_gets_one_line_that_renews_itself():
 
     out = Terminal()
     progress = Progress(1000, 0, out)
-    progress.show(1000, 250, "teacher 250/900, plain 0/100")
-    progress.show(1000, 260, "teacher 260/900, plain 0/100")
+    progress.show(1000, 250, None, "teacher 250/900, plain 0/100")
+    progress.show(1000, 260, None, "teacher 260/900, plain 0/100")
     progress.close()
     assert out.getvalue().count("\n") == 1 and out.getvalue().count("\r") >= 3
-    assert "260/1000" in out.getvalue() and "teacher 260/900" in out.getvalue()
+    assert "260/1000" in out.getvalue() and "about ? left, teacher 260/900" in out.getvalue()
+
+
+def test_the_remaining_time_follows_who_waits_for_whom(tmp_path):
+    runs = [
+        make_run(tmp_path, "teacher", iterations=1000),
+        make_run(tmp_path, "plain", iterations=600),
+        make_run(tmp_path, "distilled", depends_on=("teacher",), iterations=600),
+        make_run(
+            tmp_path,
+            "longer",
+            depends_on=("plain", "distilled"),
+            time_of=("distilled",),
+            step_of=("plain",),
+        ),
+        make_run(tmp_path, "eval", depends_on=("distilled",), iterations=0),
+    ]
+    states = {run.name: execution.State(run) for run in runs}
+    assert remaining_seconds(states, 2) is None
+
+    def runs_at(name, steps, seconds):
+        states[name].process, states[name].steps = "running", steps
+        states[name].step_seconds = seconds
+
+    runs_at("teacher", 500, 0.4)
+    runs_at("plain", 300, 0.2)
+    # 500 steps of the teacher, then 600 of the mean of both, 0.3 s, and as long again: 200 + 180 + 180.
+    assert remaining_seconds(states, 2) == pytest.approx(560)
+    # One at a time: the plain run's other 300 steps come on top.
+    assert remaining_seconds(states, 1) == pytest.approx(620)
+    states["plain"].seconds = 150.0  # complete: 0.25 s a step with its start and its evaluation
+    assert remaining_seconds(states, 2) == pytest.approx(200 + 2 * 600 * (0.4 + 0.25) / 2)
+    # What failed, and what is skipped for it, takes no time.
+    states["teacher"].problem = states["distilled"].problem = states["longer"].problem = "no"
+    states["eval"].problem = "no"
+    assert remaining_seconds(states, 2) == 0
 
 
 def test_a_waiting_run_is_not_shown_and_one_without_steps_left_evaluates(tmp_path):

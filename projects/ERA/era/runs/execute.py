@@ -22,6 +22,7 @@ from era.runs.placement import gpus_needed, lend, threads_each
 from era.runs.plan import Run
 from era.runs.process import peak_memory, start_process, stop
 from era.runs.progress import Progress
+from era.runs.remaining import remaining_seconds
 
 TAIL_LINES = 12  # of a failed run's log
 INTERRUPTED = 130  # exit status
@@ -41,6 +42,7 @@ class State:
     commit: str = "unknown"  # of the code that it runs
     reused: bool = False
     steps: int = 0
+    step_seconds: float | None = None  # median of its steps so far
     problem: str = ""  # why it failed, or was not started
 
     @property
@@ -138,7 +140,8 @@ def execute(
         while True:
             for state in states.values():
                 if state.is_running:
-                    state.steps = steps_done(read_metrics(state.run.folder))
+                    metrics = read_metrics(state.run.folder)
+                    state.steps, state.step_seconds = steps_done(metrics), step_seconds(metrics)
                     if state.run.num_gpus == 1:
                         state.peak_mib = peak_memory(state.process.pid) or state.peak_mib
                     with guarded(state):
@@ -159,7 +162,8 @@ def execute(
                     state.started = time.monotonic()
                     state.commit = environment.commit()
                     running.append(state)
-            progress.show(*_count(states), ", ".join(state.where for state in running))
+            seconds = remaining_seconds(states, jobs)
+            progress.show(*_count(states), seconds, ", ".join(state.where for state in running))
             if not running and not any(state.is_waiting for state in states.values()):
                 return states
             time.sleep(poll_seconds)
@@ -224,7 +228,10 @@ def with_iterations(run: Run, states: Mapping[str, State]) -> Run:
                 f"{run.name} needs: let it train for more iterations."
             )
         step.append(statistics.median(times))
-    iterations = round(states[run.time_of[0]].run.iterations * step[0] / step[1])
+    return _lasting(run, round(states[run.time_of[0]].run.iterations * step[0] / step[1]))
+
+
+def _lasting(run: Run, iterations: int) -> Run:
     more = ("SOLVER.MAX_ITER", str(iterations))
     return replace(
         run, iterations=iterations, opts=(*run.opts, *more), command=(*run.command, *more)
@@ -261,7 +268,7 @@ def _reuse(state: State, known_iterations: int | None) -> None:
     run, stamp = state.run, read_stamp(state.run.folder)
     if run.time_of:
         done = known_iterations or steps_done(read_metrics(run.folder))
-        state.run = replace(run, iterations=done)
+        state.run = _lasting(run, done)
     state.reused, state.steps = True, state.run.iterations
     if stamp.get("identity") == state.identity:
         state.seconds, state.peak_mib = stamp.get("seconds"), stamp.get("peak_mib")

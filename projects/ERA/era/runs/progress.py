@@ -8,13 +8,11 @@ from typing import TextIO
 from tqdm import tqdm
 
 LINE_EVERY = 15.0  # seconds between two lines where the output is no terminal
-LINE = "{n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+COUNT = "{n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
 
 
 class Progress:
     """Renews one line on a terminal; elsewhere, such as in a log file, writes a line now and then.
-
-    The remaining time is by the average pace since the start, which has start-ups and evaluations in it.
 
     Args:
         total: optimiser steps of all runs.
@@ -29,17 +27,20 @@ class Progress:
             initial=done,
             file=self.stream if self.is_terminal else _Lines(self.stream),
             unit="step",
-            smoothing=0,
             miniters=1,
             mininterval=1.0 if self.is_terminal else LINE_EVERY,
             dynamic_ncols=self.is_terminal,
-            bar_format=None if self.is_terminal else LINE,
+            bar_format=f"{{percentage:3.0f}}%|{{bar}}| {COUNT}" if self.is_terminal else COUNT,
         )
 
-    def show(self, total: int, done: int, where: str) -> None:
-        """Show the state: steps of all runs, those that are done, and which run stands where."""
+    def show(self, total: int, done: int, left: float | None, where: str) -> None:
+        """Show the state: steps of all runs, those that are done, the seconds that are left as far as they are
+        known, and which run stands where."""
         self._bar.total = total
-        self._bar.set_postfix_str(where, refresh=False)
+        about = "?" if left is None else tqdm.format_interval(left)
+        self._bar.set_postfix_str(
+            ", ".join(filter(None, [f"about {about} left", where])), refresh=False
+        )
         self._bar.update(done - self._bar.n)
         if self.is_terminal:
             self._bar.refresh()  # the clock goes on where no step was made
