@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""See distillation at work on a small generated dataset: five trainings, a table, pictures."""
+"""See distillation at work on a small generated dataset: a teacher and its students, a table, pictures."""
 
 import warnings
 from pathlib import Path

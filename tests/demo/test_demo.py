@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ from era.runs.schema import read_plan
 from era.runs.series import own_losses
 
 OWN = ("loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc")
-NAMES = ("teacher", "plain", "era", "era_alpha1", "plain_init", "era_init")
+NAMES = ("teacher", "plain", "era", "plain_equal_time", "era_alpha1")
+AP = {"teacher": 56.3, "plain": 29.3, "era": 45.4, "plain_equal_time": 30.0}
+SECONDS = {"plain": 0.15, "plain_equal_time": 0.15}  # of a step; the others 0.25
 
 
 def training_metrics(ap: float, methods: tuple[str, ...], seconds: float = 0.25) -> list[dict]:
@@ -56,11 +59,11 @@ def plan(monkeypatch):
 def runs(plan, tmp_path):
     """The demo's runs, with hand-made results in their folders."""
     made = make_runs(plan, tmp_path, opts=["SOLVER.MAX_ITER", "100"])
-    ap = {"teacher": 56.3, "plain": 29.3, "era": 45.4, "plain_init": 50.4, "era_init": 57.8}
+    made = [replace(r, iterations=167) if r.name == "plain_equal_time" else r for r in made]
     for run in made:
         run.folder.mkdir()
-        if run.name in ap:
-            lines = training_metrics(ap[run.name], run.methods)
+        if run.name in AP:
+            lines = training_metrics(AP[run.name], run.methods, SECONDS.get(run.name, 0.25))
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (run.folder / "metrics.json").write_text(text)
         else:
@@ -86,6 +89,32 @@ def test_fast_and_seed_reach_every_run_and_the_user_has_the_last_word(plan, tmp_
         cli.overrides(plan, cli.argument_parser().parse_args(["SEED", "3"]))
 
 
+def test_the_plan_is_few_labels_under_a_strong_teacher(plan, tmp_path):
+    cfgs = {run.name: run.config for run in make_runs(plan, tmp_path)}
+    assert {name: cfg.DATASETS.TRAIN for name, cfg in cfgs.items()} == {
+        "teacher": ("era_toy_train",),
+        **dict.fromkeys(NAMES[1:], ("era_toy_train_200",)),
+    }
+    assert cfgs["teacher"].SOLVER.MAX_ITER > cfgs["plain"].SOLVER.MAX_ITER
+    assert cfgs["era"].SOLVER.MAX_ITER == cfgs["plain"].SOLVER.MAX_ITER
+    assert cfgs["era"].MODEL.TEACHER.CACHE == "memory"
+    assert not any(cfg.DATASETS.UNLABELED for cfg in cfgs.values())
+
+
+def test_every_dataset_is_made_before_the_first_run(tmp_path, monkeypatch):
+    made = []
+
+    def execute(*_, **__):
+        raise UserError("the first run")
+
+    monkeypatch.setattr(cli, "check_data", lambda cfg, **_: made.append(cfg.DATASETS.TRAIN))
+    monkeypatch.setattr(cli, "execute", execute)
+    monkeypatch.chdir(REPO)  # as the tool does, and back at the end
+    with pytest.raises(UserError, match="the first run"):
+        cli.main(["--output", str(tmp_path / "demo")], root=REPO)
+    assert sorted(made) == [("era_toy_train",), ("era_toy_train_200",)]
+
+
 # ---- Numbers ------------------------------------------------------------------------------------
 
 
@@ -95,56 +124,89 @@ def test_table_from_the_runs_metrics(plan, runs, tmp_path):
     assert (rows["era"].ap, rows["era"].ap50, rows["era"].ap75) == (45.4, 65.4, 46.4)
     assert (rows["era_alpha1"].ap, rows["era_alpha1"].iterations) == (46.8, 100)
     assert rows["era_alpha1"].step_ms is None and rows["era"].step_ms == 250
+    # 100 steps of 250 ms are 25 s; 167 of 150 ms are 25.05 s.
+    assert rows["era"].minutes == pytest.approx(25 / 60) and rows["era_alpha1"].minutes is None
+    assert rows["plain_equal_time"].minutes == pytest.approx(25.05 / 60)
 
     gains = table.gains(list(rows.values()), plan.compare)
-    assert [gain.points for gain in gains] == pytest.approx([16.1, 7.4])
-    about = {"notes": ["a note"], "seed": 1}
+    assert [gain.points for gain in gains] == pytest.approx([16.1, -15.4])
+    about = {"sentences": ["what it comes to"], "notes": ["a note"], "seed": 1}
     table.write(tmp_path, list(rows.values()), runs, gains, about)
     text = (tmp_path / "table.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert [
-        "ERA student",
-        "nothing",
-        "100",
-        "45.4",
-        "65.4",
-        "46.4",
-        "1,234,567",
-        "250",
-        "23.4",
-    ] in lines
-    assert ["ERA student, inherited", "heads", "100", "57.8"] in [line[:4] for line in lines]
-    assert "a note" in text and gains[0].sentence in text
+    cells = ["ERA student", "100", "45.4", "65.4", "46.4", "1,234,567", "250", "0.4", "23.4"]
+    assert cells in lines
+    assert ["Plain student, ERA's time", "167", "30.0"] in [line[:3] for line in lines]
+    assert "- what it comes to\n" in text and "- a note\n" in text
     stored = json.loads((tmp_path / "results.json").read_text())
     assert tuple(r["name"] for r in stored["runs"]) == NAMES
     assert stored["runs"][0]["command"][2] == "tools/train_net.py"
-    assert [gain["run"] for gain in stored["gains"]] == ["era", "era_init"]
+    assert [gain["run"] for gain in stored["gains"]] == ["era", "plain_equal_time"]
+    assert stored["sentences"] == ["what it comes to"]
     width = {len(line) for line in table.terminal_table(list(rows.values())).splitlines()}
     assert max(width) <= 125
+
+
+def row(name, ap, iterations=100, inherited=NOTHING, minutes=None):
+    return table.Row(
+        name, name.upper(), inherited, iterations, ap, ap, ap, None, None, minutes, None
+    )
+
+
+def sentence(*rows):
+    (gain,) = table.gains(rows, {"b": "a"})
+    return gain.sentence
 
 
 @pytest.mark.parametrize(
     ("plain", "distilled", "said"),
     [
-        (29.3, 45.4, '"B" beats "A" by +16.1 points (45.4 AP against 29.3 AP)'),
-        (29.3, 29.9, "not a clear win"),
-        (29.3, 28.3, '"B" does NOT beat "A": -1.0 points'),
+        (29.3, 45.4, '"B" beats "A" by 16.1 points (45.4 AP against 29.3 AP)'),
+        (29.3, 29.9, '"B" is 0.6 points ahead of "A", which is not a clear win'),
+        (29.3, 28.3, '"A" beats "B" by 1.0 points (29.3 AP against 28.3 AP)'),
+        (29.3, 29.31, '"B" and "A" are level (29.3 AP against 29.3 AP)'),
+        (29.3, float("nan"), '"B" and "A" cannot be compared (nan AP against 29.3 AP)'),
     ],
 )
-def test_the_sentence_says_who_won(plain, distilled, said):
-    def row(name, ap, iterations=100, inherited=NOTHING):
-        return table.Row(name, name.upper(), inherited, iterations, ap, ap, ap, None, None, None)
-
-    def sentence(*rows):
-        (gain,) = table.gains(rows, {"b": "a"})
-        return gain.sentence
-
+def test_the_sentence_names_the_winner_first(plain, distilled, said):
     text = sentence(row("a", plain), row("b", distilled))
     assert said in text and "At equal iterations (100) and nothing inherited" in text
-    assert "NOT at equal iterations" in sentence(row("a", plain), row("b", distilled, 200))
-    unequal = sentence(row("a", plain), row("b", distilled, inherited="heads"))
+
+
+def test_the_sentence_says_what_was_equal():
+    assert "NOT at equal iterations (200 against 100) and" in sentence(
+        row("a", 29.3), row("b", 45.4, 200)
+    )
+    unequal = sentence(row("a", 29.3), row("b", 45.4, inherited="heads"))
     assert "NOT from an equal start (inherited heads against nothing)" in unequal
-    assert table.gains([row("b", distilled)], {"b": "a"}) == []
+    both = sentence(row("a", 29.3, inherited="heads"), row("b", 45.4, inherited="heads"))
+    assert "both starting from the teacher's heads" in both
+    assert table.gains([row("b", 45.4)], {"b": "a"}) == []
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"),
+    [
+        (3.0, "At equal training time (3.0 min of steps each) and nothing inherited, "),
+        (2.71, "At equal training time (3.0 and 2.7 min of steps) and"),
+        (2.69, "NOT at equal iterations (100 against 180) or training time (3.0 min of steps against 2.7) and"),
+    ],
+)  # fmt: skip
+def test_the_sentence_at_equal_time(minutes, said):
+    text = sentence(row("a", 45.4, minutes=3.0), row("b", 18.0, 180, minutes=minutes))
+    assert text.startswith(said) and '"A" beats "B" by 27.4 points' in text
+
+
+def test_a_teacher_below_a_student_is_told(runs):
+    rows = table.gather(runs, {})
+    assert table.teacher_warning(rows, runs) == ""
+    # At alpha 1 the teacher's own heads are at work: that is no student.
+    alone = [replace(r, ap=99.0) if r.name == "era_alpha1" else r for r in rows]
+    assert table.teacher_warning(alone, runs) == ""
+    weak = [replace(r, ap=45.4) if r.name == "teacher" else r for r in rows]
+    said = 'NOT above its students in this run: 45.4 AP, "ERA student" 45.4 AP.'
+    assert said in table.teacher_warning(weak, runs)
+    assert table.teacher_warning(rows, [run for run in runs if not run.is_teacher]) == ""
 
 
 def test_a_run_without_an_evaluation_is_named(tmp_path):
@@ -156,12 +218,11 @@ def test_a_run_without_an_evaluation_is_named(tmp_path):
 # ---- Figures ------------------------------------------------------------------------------------
 
 
-def test_figures_are_drawn(plan, runs, tmp_path):
-    rows = table.gather(runs, {})
+def test_figures_are_drawn(runs, tmp_path):
     figures.write_losses(runs, runs[2], tmp_path / "losses.png")
     figures.write_charts(runs, tmp_path / "charts.png")
-    figures.write_ap(rows, runs, table.gains(rows, plan.compare), tmp_path / "ap.png")
-    for name, inches in {"losses": (11, 4.4), "charts": (11, 8.8), "ap": (7.2, 4.4)}.items():
+    figures.write_ap(table.gather(runs, {}), runs, tmp_path / "ap.png")
+    for name, inches in {"losses": (11, 4.4), "charts": (5.5, 8.8), "ap": (7.2, 4.4)}.items():
         with Image.open(tmp_path / f"{name}.png") as image:
             expected = [round(side * figures.DPI) for side in inches]
             assert np.abs(np.subtract(image.size, expected)).max() <= 1
@@ -183,16 +244,11 @@ def test_figures_of_runs_too_short_for_metrics(plan, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_colour_says_the_method_and_dashes_that_it_inherited(runs):
+def test_every_training_has_a_colour_of_its_own(runs):
     looks = figures.looks(runs)
     assert set(looks) == set(NAMES) - {"era_alpha1"}
-    assert looks["era"]["color"] == looks["era_init"]["color"] != looks["plain"]["color"]
-    assert (looks["era"]["linestyle"], looks["era_init"]["linestyle"]) == ("-", "--")
-    # Two of the same method and the same start are told apart.
-    again = Run("other", "", "", (), Path(), 100, methods=("ERA",))
-    assert figures.looks([*runs, again])["other"]["color"] not in {
-        look["color"] for look in looks.values()
-    }
+    assert len({look["color"] for look in looks.values()}) == 4
+    assert [name for name, look in looks.items() if look["linestyle"] == ":"] == ["teacher"]
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -274,7 +330,7 @@ def test_the_demo_ends_with_the_report(runs, tmp_path, monkeypatch):
         runs, rows, tmp_path, title="T", deployed="era", caution="SMOKE RUN"
     )
     assert path == tmp_path / "report.html" and path.name in cli.PRODUCTS
-    assert [folder.name for folder in told["folders"]] == ["plain", "era", "plain_init", "era_init"]
+    assert [folder.name for folder in told["folders"]] == ["plain", "era", "plain_equal_time"]
     assert told["teacher"] == tmp_path / "teacher" and told["caution"] == "SMOKE RUN"
     assert told["deployed"] == [tmp_path / "deployed" / "era"]
     assert told["costs"]["Teacher"].image_seconds == pytest.approx(0.0234)

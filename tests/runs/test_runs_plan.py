@@ -347,7 +347,7 @@ def test_the_rows_with_unlabelled_pictures_differ_in_these_alone(tmp_path, monke
 
 def test_the_tables_word_on_inheritance_is_the_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
-    plan = read_plan(REPO / "studies" / "demo.yaml")
-    inherited = {run.name: run.inherited for run in make_runs(plan, tmp_path)}
-    assert inherited["plain"] == inherited["era"] == inherited["era_alpha1"] == NOTHING
-    assert inherited["plain_init"] == inherited["era_init"] == "heads"
+    plan = read_plan(REPO / "studies" / "few_labels.yaml")
+    inherited = {run.variant: run.inherited for run in make_runs(plan, tmp_path)}
+    assert inherited["plain_long"] == inherited["era_long"] == inherited["teacher"] == NOTHING
+    assert inherited["plain_init_long"] == "heads"

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from era.demo.table import Gain, Row
+from era.demo.table import Row
 from era.runs.metrics import read_metrics
-from era.runs.plan import NOTHING, Run
+from era.runs.plan import Run
 from era.runs.series import chart_series, method_charts, method_losses, own_losses, series
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
@@ -41,25 +41,16 @@ DPI = 130
 
 
 def looks(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Colour and line style of every training: the colour says the method, dashes that it inherited.
-
-    Where several have the same methods and the same start, each has a colour of its own.
-    """
-    found: dict[str, dict[str, str]] = {}
-    colours: dict[tuple, str] = {}
-    alike: list[tuple] = []
-    for run in runs:
-        if run.is_teacher:
-            found[run.name] = {"color": GREY, "linestyle": ":"}
-        elif run.iterations:
-            alike.append((run.methods, run.inherited))
-            key = (run.methods, alike.count(alike[-1]))
-            colour = colours.setdefault(key, COLOURS[len(colours) % len(COLOURS)])
-            found[run.name] = {
-                "color": colour,
-                "linestyle": "-" if run.inherited == NOTHING else "--",
-            }
-    return found
+    """Colour and line style of every training: the teacher grey and dotted, every student a colour of its own."""
+    teachers = [run.name for run in runs if run.is_teacher]
+    students = [run.name for run in runs if run.iterations and not run.is_teacher]
+    return {
+        **{name: {"color": GREY, "linestyle": ":"} for name in teachers},
+        **{
+            name: {"color": COLOURS[index % len(COLOURS)], "linestyle": "-"}
+            for index, name in enumerate(students)
+        },
+    }
 
 
 def write_losses(runs: Sequence[Run], distilled: Run, path: Path) -> None:
@@ -122,61 +113,48 @@ def write_charts(runs: Sequence[Run], path: Path) -> None:
         figure.savefig(path, dpi=DPI)
 
 
-def write_ap(rows: Sequence[Row], runs: Sequence[Run], found: Sequence[Gain], path: Path) -> None:
-    """AP of the students as bars, with their gains, by what they inherited; the teacher as a line."""
-    teacher = next((run.name for run in runs if run.is_teacher), None)
-    origin = {run.name: run.evaluates or run.name for run in runs}
-    style, points = looks(runs), {gain.run: gain.points for gain in found}
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.name != teacher:
-            groups.setdefault(row.inherited, []).append(row)
+def write_ap(rows: Sequence[Row], runs: Sequence[Run], path: Path) -> None:
+    """AP of the students as bars, with what their training took below; the teacher as a line."""
+    by_name = {row.name: row for row in rows}
+    teachers = [by_name[run.name] for run in runs if run.is_teacher]
+    students = [run for run in runs if not run.is_teacher]
+    style = looks(runs)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
-        names, where, x = [], [], 0.0
-        for inherited, group in groups.items():
-            centre = x + (len(group) - 1) / 2
-            for row in group:
-                # A model that is an evaluation of another is paler than that one.
-                alpha = 1.0 if origin[row.name] == row.name else 0.55
-                colour = style[origin[row.name]]["color"]
-                axis.bar(x, row.ap, width=0.78, color=colour, alpha=alpha)
-                text = f"{row.ap:.1f}"
-                if row.name in points:
-                    text += f"\n({round(points[row.name], 1) + 0.0:+.1f})"
-                axis.annotate(
-                    text, (x, row.ap), (0, 3), textcoords="offset points",
-                    ha="center", va="bottom", fontweight="bold",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-                )  # fmt: skip
-                names.append(textwrap.fill(row.label, 13))
-                where.append(x)
-                x += 1
-            x += 0.7
-            text = "nothing inherited" if inherited == NOTHING else f"inherited: {inherited}"
+        names = []
+        for x, run in enumerate(students):
+            row, trained = by_name[run.name], by_name[run.evaluates or run.name]
+            # A model that is an evaluation of another is paler than that one.
+            alpha = 0.55 if run.evaluates else 1.0
+            axis.bar(x, row.ap, width=0.7, color=style[trained.name]["color"], alpha=alpha)
             axis.annotate(
-                text, (centre, 0), (0, -62), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", va="top", color="#444444", fontsize=10,
+                f"{row.ap:.1f}", (x, row.ap), (0, 3), textcoords="offset points",
+                ha="center", va="bottom", fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
             )  # fmt: skip
-        axis.set_xticks(where, names, fontsize=9)
+            names.append(f"{textwrap.fill(row.label, 18)}\n{_effort(trained)}")
+        axis.set_xticks(range(len(names)), names, fontsize=9)
         axis.tick_params(axis="x", length=0)
-        for row in rows:
-            if row.name == teacher:
-                axis.axhline(row.ap, color=GREY, linestyle=":", linewidth=1.6, zorder=0)
-                axis.annotate(
-                    f"teacher {row.ap:.1f}\n({row.iterations} iterations)",
-                    (1, row.ap), (4, 0), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", va="center", color=GREY, fontsize=9.5,
-                )  # fmt: skip
+        for row in teachers:
+            axis.axhline(row.ap, color=GREY, linestyle=":", linewidth=1.6, zorder=0)
+            axis.annotate(
+                f"{row.label} {row.ap:.1f}\n{_effort(row)}",
+                (1, row.ap), (4, 0), xycoords=("axes fraction", "data"),
+                textcoords="offset points", va="center", color=GREY, fontsize=9.5,
+            )  # fmt: skip
         top = max([row.ap for row in rows if row.ap == row.ap], default=1.0)
         axis.set_ylim(0, max(top * 1.2, 1.0))
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("box AP (points)")
-        counts = sorted({row.iterations for row in rows if row.name != teacher})
-        after = " / ".join(map(str, counts))
-        axis.set_title(f"Box AP of the students after {after} iterations, and gains")
+        axis.set_title("Box AP of the students, and what their training took")
         figure.savefig(path, dpi=DPI)
+
+
+def _effort(row: Row) -> str:
+    """Iterations and minutes of a training, a line each."""
+    minutes = "" if row.minutes is None else f"\n{row.minutes:.1f} min of steps"
+    return f"{row.iterations} iterations{minutes}"
 
 
 def _label(axis: Axes, title: str) -> None:
