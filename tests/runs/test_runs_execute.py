@@ -216,6 +216,26 @@ def test_reuse_keeps_what_is_complete_and_unchanged(tmp_path):
     assert reused([other, *runs[1:]]) == {"plain"}
 
 
+def test_a_reused_run_of_equal_time_is_what_it_was(tmp_path):
+    slow, fast = (
+        make_run(tmp_path, name, command=training(tmp_path / name, 1.0, seconds=seconds))
+        for name, seconds in (("slow", 0.3), ("fast", 0.2))
+    )
+    longer = make_run(
+        tmp_path,
+        "longer",
+        command=training(tmp_path / "longer", 1.0, iterations=150),
+        depends_on=("slow", "fast"),
+        time_of=("slow",),
+        step_of=("fast",),
+    )
+    made, again = (execute([slow, fast, longer], reuse=True)[0]["longer"] for _ in range(2))
+    assert again.reused and not made.reused
+    assert again.run == made.run and again.run.iterations == 150
+    assert again.run.command[-2:] == ("SOLVER.MAX_ITER", "150")
+    assert again.step_seconds == 0.1
+
+
 # ---- Progress -----------------------------------------------------------------------------------
 
 
@@ -290,8 +310,8 @@ def test_the_remaining_time_follows_who_waits_for_whom(tmp_path):
     assert remaining_seconds(states, 2) == pytest.approx(560)
     # One at a time: the plain run's other 300 steps come on top.
     assert remaining_seconds(states, 1) == pytest.approx(620)
-    states["plain"].seconds = 150.0  # complete: 0.25 s a step with its start and its evaluation
-    assert remaining_seconds(states, 2) == pytest.approx(200 + 2 * 600 * (0.4 + 0.25) / 2)
+    states["plain"].seconds = 150.0  # complete: 120 s of steps, and 30 s that others take too
+    assert remaining_seconds(states, 2) == pytest.approx(200 + 2 * (30 + 180))
     # What failed, and what is skipped for it, takes no time.
     states["teacher"].problem = states["distilled"].problem = states["longer"].problem = "no"
     states["eval"].problem = "no"

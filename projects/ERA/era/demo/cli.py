@@ -29,10 +29,10 @@ PLAN = "studies/demo.yaml"
 DESCRIPTION = """\
 See distillation at work on generated pictures, on two CPU cores in at most 15 minutes.
 
-The case: few labels and a strong teacher. Trains a teacher on all 1,600 labelled pictures, then a small
-student on 200 of them: plain, distilled with ERA for as many iterations, and plain once more for as long as
-ERA took. Every training is a run of tools/train_net.py with a config of configs/toy/; studies/demo.yaml lists
-them. Ends with one table and a folder of results.
+The case is few labels and a strong teacher: a teacher is trained on 1,600 labelled pictures, and a small
+student on the first 200 of them, three times: plain, distilled with ERA for as many iterations, and plain for
+as long as ERA took. Every training is a run of tools/train_net.py with a config of configs/toy/;
+studies/demo.yaml lists them. Ends with one table and a folder of results.
 """
 EPILOG = """\
 examples:
@@ -96,8 +96,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="40 iterations a run, and what takes as long for the run at equal time, to see that all of it "
-        "works; the numbers mean nothing",
+        help="40 iterations a run (for the one at equal time what takes as long), to see that all of it works; "
+        "its numbers mean nothing",
     )
     parser.add_argument(
         "opts",
@@ -234,8 +234,8 @@ def notes(plan: Plan, *, jobs: int, seed: int, dataset: str) -> list[str]:
         f"ms per training step: median, on this machine, with up to {jobs} run(s) at a time; "
         "compare rows with care. Minutes of training steps: iterations times that, so without evaluations "
         "and, for a student, without its teacher's training.",
-        f"Equal training time: the iterations follow from the steps that were measured; times that differ by "
-        f"at most {table.ALIKE:.0%} count as equal.",
+        "Equal training time: the iterations follow from the steps that were measured; times that differ by at "
+        f"most {100 * table.ALIKE:.0f} % count as equal.",
         "ms per image: median, batch of one, one thread, models taking turns, nothing else running.",
     ]
 

@@ -270,6 +270,7 @@ def _reuse(state: State, known_iterations: int | None) -> None:
         done = known_iterations or steps_done(read_metrics(run.folder))
         state.run = _lasting(run, done)
     state.reused, state.steps = True, state.run.iterations
+    state.step_seconds = step_seconds(read_metrics(run.folder))
     if stamp.get("identity") == state.identity:
         state.seconds, state.peak_mib = stamp.get("seconds"), stamp.get("peak_mib")
         state.commit = stamp.get("commit", "unknown")

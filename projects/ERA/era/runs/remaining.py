@@ -1,4 +1,4 @@
-"""How long the runs that are left will take, by the steps that were measured so far."""
+"""How long the runs that are left will take, by what was measured so far."""
 
 from __future__ import annotations
 
@@ -14,33 +14,39 @@ def remaining_seconds(states: Mapping[str, State], jobs: int) -> float | None:
     """Seconds until all runs are done; None before a step was measured.
 
     The longest chain of runs that wait for one another, or all that is left to do shared out among ``jobs``,
-    whichever is more. A run that was not started takes the steps of the others' mean; one that is to take as
-    long as another, that one's time. Complete runs count with their start and evaluations, others without.
+    whichever is more. A run that was not started takes a step as the mean of the others does, and what complete
+    ones took besides their steps; one that is to take as long as another, that one's time.
 
     Args:
         states: by name, each after those that it depends on.
         jobs: runs at a time.
     """
-    paces = {name: pace for name, state in states.items() if (pace := _pace(state))}
-    if not paces:
+    steps = {name: state.step_seconds for name, state in states.items() if state.step_seconds}
+    if not steps:
         return None
-    usual = statistics.fmean(paces.values())
+    usual = statistics.fmean(steps.values())
+    besides = _seconds_besides_steps(states)
     alone: dict[str, float] = {}  # seconds of a whole run
     left: dict[str, float] = {}  # seconds that it still needs
     end: dict[str, float] = {}  # seconds until it is done
     for name, state in states.items():
-        run, pace = state.run, paces.get(name, usual)
-        alone[name] = run.iterations * pace
-        if run.time_of and state.is_waiting:
+        run, step = state.run, steps.get(name, usual)
+        alone[name] = besides + run.iterations * step
+        if run.time_of:
             alone[name] = statistics.fmean(alone[other] for other in run.time_of)
-        live = state.is_waiting or state.is_running
-        left[name] = alone[name] - min(state.steps, run.iterations) * pace if live else 0.0
+        if state.is_waiting:
+            left[name] = alone[name]
+        else:
+            left[name] = max(run.iterations - state.steps, 0) * step if state.is_running else 0.0
         end[name] = left[name] + max((end[other] for other in run.depends_on), default=0.0)
     return max(*end.values(), sum(left.values()) / jobs)
 
 
-def _pace(state: State) -> float | None:
-    """Seconds a step: of a complete run all of its time, of another the median of its steps so far."""
-    if state.is_done and state.seconds is not None and state.run.iterations:
-        return state.seconds / state.run.iterations
-    return state.step_seconds
+def _seconds_besides_steps(states: Mapping[str, State]) -> float:
+    """Start and evaluations of a run, by the mean of the complete ones; 0 while there is none."""
+    found = [
+        max(state.seconds - state.run.iterations * (state.step_seconds or 0.0), 0.0)
+        for state in states.values()
+        if state.is_done and state.seconds is not None
+    ]
+    return statistics.fmean(found) if found else 0.0
