@@ -27,7 +27,7 @@ def test_the_flagship_runs_on_real_photos(tmp_path):
         assert "running on the CPU" in done.stdout + done.stderr
     with open(run / "metrics.json") as f:
         metrics = {k: v for line in f for k, v in json.loads(line).items()}
-    for name in ("feature", "residual", "twi_rpn", "twi_roi"):
+    for name in ("feature", "residual", "soft_rpn", "soft_roi"):
         assert metrics[f"loss_era_{name}"] > 0
     assert 0 <= metrics["bbox/AP"] <= 100
     assert (run / "student" / "model_final.pth").exists()

@@ -153,7 +153,9 @@ CASES = {
         without_labels("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
         ["DATASETS.UNLABELED", "MODEL.META_ARCHITECTURE is GeneralizedRCNN", "Distiller"]),
     "pictures without labels where every loss needs them": (
-        without_labels("MODEL.ERA.FEATURE_WEIGHT", 0.0, "MODEL.ERA.RESIDUAL_WEIGHT", 0.0),
+        without_labels("MODEL.ERA.FEATURE_WEIGHT", 0.0, "MODEL.ERA.RESIDUAL_WEIGHT", 0.0,
+                       "MODEL.ERA.TWI.SOFT_RPN_WEIGHT", 0.0, "MODEL.ERA.TWI.SOFT_ROI_WEIGHT", 0.0,
+                       "MODEL.ERA.TWI.RPN_WEIGHT", 1.0),
         ["DATASETS.UNLABELED", "MODEL.DISTILLER.METHODS ['ERA']", "no labels"]),
     "an unknown set without labels": (
         without_labels(names=("nowhere",)), ["DATASETS.UNLABELED", "nowhere", "DATASETS.IMAGE_FOLDERS"]),

@@ -351,6 +351,7 @@ def test_the_memory_of_a_gpu_is_a_scalar_that_is_written(monkeypatch):
 
     writer = object()
     monkeypatch.setattr(DefaultTrainer, "build_hooks", lambda self: [writer])
+    monkeypatch.setattr(Trainer, "bare_model", None)  # no distiller
     trainer = Trainer.__new__(Trainer)
     for device, expected in (("cuda:0", GpuMemory), ("cpu", object)):
         trainer.cfg = SimpleNamespace(MODEL=SimpleNamespace(DEVICE=device))

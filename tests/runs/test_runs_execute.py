@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -172,7 +173,7 @@ def test_a_failing_run_stops_the_others_and_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys, number):
+def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys, request, number):
     runs = [make_run(tmp_path, name, command=SLOW) for name in "ab"]
     started = []
 
@@ -180,6 +181,11 @@ def test_an_interrupt_stops_the_children_and_says_how_to_go_on(tmp_path, capsys,
         started.append(execution.start_process(run, threads, gpus))
         return started[-1]
 
+    # a shell's background job ignores SIGINT, and so would what it runs
+    request.addfinalizer(
+        functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     with pytest.raises(SystemExit) as left, execution.interruptible(tmp_path):

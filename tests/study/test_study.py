@@ -173,10 +173,10 @@ def test_a_given_teacher(tmp_path):
     [
         (["--jobs", "0"], "--jobs is 0"),
         (["--seeds", "1", "1"], "--seeds is"),
-        (["--variants", "h1"], r"has no run h1: it has teacher, h64_p32"),
+        (["--variants", "h1"], r"has no run h1: it has teacher, plain"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
-        main(["narrow", "--output", str(tmp_path / "new"), *options], root=REPO)
+        main(["full", "--output", str(tmp_path / "new"), *options], root=REPO)
     assert not (tmp_path / "new").exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -14,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
 from era.errors import UserError
 
@@ -127,3 +129,15 @@ def point(name: str, json_file: str, image_root: str, classes: tuple[str, ...]) 
     for key in paths:  # metadata refuses another value for a key it has
         meta.__dict__.pop(key, None)
     meta.set(thing_classes=list(classes), evaluator_type="coco", **paths)
+
+
+def register(name: str, prepare: Callable[[str], None]) -> None:
+    """Put a COCO-format set into Detectron2's catalog that ``prepare(name)`` makes, and points to, when it is loaded."""
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, functools.partial(_load, name, prepare))
+
+
+def _load(name: str, prepare: Callable[[str], None]) -> list[dict]:
+    prepare(name)
+    meta = MetadataCatalog.get(name)
+    return load_coco_json(meta.json_file, meta.image_root, name)

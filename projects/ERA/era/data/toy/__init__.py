@@ -13,7 +13,6 @@ random state is read or changed.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -21,8 +20,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from era.data import folders
 from era.data.toy.draw import CLASSES, ToySpec, render
@@ -192,8 +189,7 @@ def register(root: str | Path | None = None, spec: ToySpec = DEFAULT) -> None:
     for name in NAMES:
         _SOURCES[name] = (root, spec)
         _point(name, folders.place(root) / FOLDER)
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, functools.partial(_load, name))
+        folders.register(name, prepare)
 
 
 def prepare(name: str) -> None:
@@ -203,12 +199,6 @@ def prepare(name: str) -> None:
     if NAMES[name].file not in BASE:
         _extend(folders.place(root), spec, NAMES[name])
     _point(name, folder)
-
-
-def _load(name: str) -> list[dict]:
-    prepare(name)
-    meta = MetadataCatalog.get(name)
-    return load_coco_json(meta.json_file, meta.image_root, name)
 
 
 def _point(name: str, folder: Path) -> None:

@@ -28,14 +28,11 @@ if half of their area is left.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 
 from era.data import folders
 from era.data.trees.cut import area, boxes_on, starts
@@ -153,19 +150,12 @@ def register(root: str | Path | None = None, spec: TreesSpec = DEFAULT) -> None:
     for name in NAMES:
         _SOURCES[name] = (root, spec)
         _point(name, folders.place(root) / FOLDER)
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, functools.partial(_load, name))
+        folders.register(name, prepare)
 
 
 def prepare(name: str) -> None:
     """Make the data of a registered tree name if need be, and set its metadata's paths."""
     _point(name, ensure(*_SOURCES[name]))
-
-
-def _load(name: str) -> list[dict]:
-    prepare(name)
-    meta = MetadataCatalog.get(name)
-    return load_coco_json(meta.json_file, meta.image_root, name)
 
 
 def _point(name: str, folder: Path) -> None:
