@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,15 @@ def entry(name: str, *curves, step_ms=100.0, reference="", charts=(), ends=(), *
         charts,
         **more,
     )
+
+
+@contextmanager
+def two_checkouts(tmp_path: Path, monkeypatch, plan: str, ap: dict[str, float]):
+    """Two machines with the same plan and tiny toy data."""
+    monkeypatch.chdir(tmp_path)  # main goes to the checkout's top; this brings us back
+    toy.register(tmp_path / "data", SPEC)
+    yield [Checkout(tmp_path / name, monkeypatch, plan, ap) for name in ("here", "there")]
+    toy.register()
 
 
 class Checkout:

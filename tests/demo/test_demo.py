@@ -20,7 +20,7 @@ from era.demo import cli, figures, pictures, table
 from era.demo import report as demo_report
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY
-from era.runs import compare
+from era.runs import compare, dataset
 from era.runs.measure import Measurement
 from era.runs.metrics import read_metrics
 from era.runs.plan import NOTHING, Run, make_runs
@@ -107,7 +107,7 @@ def test_every_dataset_is_made_before_the_first_run(tmp_path, monkeypatch):
     def execute(*_, **__):
         raise UserError("the first run")
 
-    monkeypatch.setattr(cli, "check_data", lambda cfg, **_: made.append(cfg.DATASETS.TRAIN))
+    monkeypatch.setattr(dataset, "check_data", lambda cfg, **_: made.append(cfg.DATASETS.TRAIN))
     monkeypatch.setattr(cli, "execute", execute)
     monkeypatch.chdir(REPO)  # as the tool does, and back at the end
     with pytest.raises(UserError, match="the first run"):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from study_case import SPEC, Checkout
+from study_case import two_checkouts
 
-from era.data import toy
 from era.errors import UserError
 from era.study.cli import argument_parser
 
@@ -26,10 +25,8 @@ AP = {"teacher": 50.0, "plain": 10.0, "distilled": 20.0}
 
 @pytest.fixture
 def checkouts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # main goes to the checkout's top; this brings us back
-    toy.register(tmp_path / "data", SPEC)
-    yield [Checkout(tmp_path / name, monkeypatch, PLAN, AP) for name in ("here", "there")]
-    toy.register()
+    with two_checkouts(tmp_path, monkeypatch, PLAN, AP) as found:
+        yield found
 
 
 ALL = ["teacher", *(f"{v}_seed{s}" for v in ("plain", "distilled") for s in (1, 2, 3))]

@@ -8,9 +8,8 @@ import shutil
 import pytest
 from builders import REPO
 from detectron2.data import DatasetCatalog
-from study_case import SPEC, Checkout
+from study_case import two_checkouts
 
-from era.data import toy
 from era.errors import UserError
 from era.runs.plan import make_runs
 from era.runs.schema import read_plan, with_chosen
@@ -53,10 +52,8 @@ TRIES = [f"{name}_try{t}_seed{s}" for name in ("plain", "distilled") for t in (1
 
 @pytest.fixture
 def checkouts(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # main goes to the checkout's top; this brings us back
-    toy.register(tmp_path / "data", SPEC)
-    yield [Checkout(tmp_path / name, monkeypatch, PLAN, AP) for name in ("here", "there")]
-    toy.register()
+    with two_checkouts(tmp_path, monkeypatch, PLAN, AP) as found:
+        yield found
 
 
 def test_the_best_tries_are_what_the_study_trains(checkouts, capsys):

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from era import environment
 from era.demo import figures, pictures, table
 from era.demo.report import write_demo_report
-from era.engine.preflight import check_data
 from era.errors import UserError
 from era.runs import measure
+from era.runs.dataset import prepare_data
 from era.runs.execute import State, execute, interruptible
 from era.runs.folder import prepare_folder
 from era.runs.plan import check_overrides, make_runs
@@ -141,8 +141,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
             f"logs and results: {output}",
             flush=True,
         )
-        for run in {run.config.DATASETS.dump(): run for run in runs}.values():
-            check_data(run.config, for_training=True)  # makes the toy data, before all runs
+        prepare_data(runs)
         states = execute(runs, jobs=jobs, cores=cores, reuse=args.reuse)
         print("Timing the models and drawing figures and pictures ...", flush=True)
         rows, sentences = finish(plan, states, output, args=args, jobs=jobs)

@@ -168,15 +168,21 @@ class Teacher(nn.Module):
         return aligned(self.maps(batched_inputs, image_size), like)
 
     @torch.no_grad()
-    def maps(self, batched_inputs: list[dict], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    def maps(
+        self,
+        batched_inputs: list[dict],
+        image_size: tuple[int, int],
+        images: ImageList | None = None,
+    ) -> dict[str, Tensor]:
         """All of the teacher's FPN maps on the student's images, of the teacher's padded size, level name to
         (B, C_T, H, W); out of the cache, if there is one, and equal to the bit on a CPU.
 
         Args:
             image_size: as in :meth:`features`.
+            images: what :meth:`preprocess` makes of these, where it is there already.
         """
         if self.cache is None:
-            return self._maps(self.preprocess(batched_inputs, *image_size))
+            return self._maps(images or self.preprocess(batched_inputs, *image_size))
         cache, device = self.cache, self.model.pixel_mean.device
         # On a CPU the last bits of a convolution depend on the number of pictures, not on the others or the order
         # (oneDNN, float32, one and two threads, both layouts). Half precision has no use for them, and a GPU does
@@ -194,9 +200,7 @@ class Teacher(nn.Module):
             ]
 
         found = cache.get_or_compute(keys, compute, whole=exact)
-        dtype = (
-            self._dtype() if cache.half else None
-        )  # of what was rounded; else as it was computed
+        dtype = self._dtype() if cache.half else None  # None: as it was computed
         return {
             level: torch.stack([entry[level].to(device=device, dtype=dtype) for entry in found])
             for level in found[0]
@@ -215,8 +219,8 @@ class Teacher(nn.Module):
             One :class:`Instances` an image as :meth:`Detector.detect_on` has them, in pixels of the student's
             input; and level name to (B, C_T, H, W), not cut.
         """
-        maps = self.maps(batched_inputs, image_size)
         images = self.preprocess(batched_inputs, *image_size)
+        maps = self.maps(batched_inputs, image_size, images)
         with self.detector.boxes_alone():
             return self.detector.detect_on(maps, images), maps
 

@@ -1,13 +1,15 @@
-"""The test set that runs are compared on."""
+"""The data of runs: made before them, and the test set that they are compared on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from era.engine.preflight import check_data
 from era.errors import UserError
+from era.runs.plan import Run
 from era.runs.reading import RunRecord
 
 
@@ -58,3 +60,13 @@ def read_dataset(run: RunRecord) -> Dataset:
             "computed afresh need one."
         )
     return registered_dataset(run.dataset)
+
+
+def prepare_data(runs: Iterable[Run]) -> None:
+    """Make and check the data of all runs, each combination of datasets once, before any of them is started.
+
+    Raises:
+        UserError: see :func:`era.engine.preflight.check_data`.
+    """
+    for run in {run.config.DATASETS.dump(): run for run in runs}.values():
+        check_data(run.config, for_training=True)

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from era import environment
-from era.engine.preflight import check_data
 from era.errors import UserError
+from era.runs.dataset import prepare_data
 from era.runs.execute import State, execute, interruptible
 from era.runs.folder import is_finished, prepare_folder
 from era.runs.identity import identities
@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path) -> int:
         prepare_folder(output, runs=every, products=PRODUCTS, reuse=not args.fresh),
         interruptible(output, how="the same command goes on"),
     ):
-        for run in {run.config.DATASETS.dump(): run for run in every}.values():
-            check_data(run.config, for_training=True)  # makes the toy data, before all runs
+        prepare_data(every)
         choices, problems, waiting = [], {}, {}
         if tries:
             tuning.check_split(plan, runs)

@@ -127,20 +127,24 @@ class TeacherCache:
         half = value.half()
         return half if half.isfinite().all() else value
 
+    @property
+    def hit_rate(self) -> float:
+        """Served of asked pictures, 0 before the first."""
+        return self.served / max(self.asked, 1)
+
     def figures(self) -> dict[str, float]:
         """For the event storage, since the process began: hits a picture, milliseconds saved (below 0 while it only
         costs), GiB held."""
         return {
-            "teacher_cache/hit_rate": self.served / max(self.asked, 1),
+            "teacher_cache/hit_rate": self.hit_rate,
             "teacher_cache/saved_ms": self.saved_seconds * 1000,
             "teacher_cache/gib": self.store.held / GIB,
         }
 
     def summary(self) -> str:
         """:meth:`figures` as a sentence."""
-        rate = self.served / max(self.asked, 1)
         return (
-            f"Teacher cache ({self.store.where}): {self.served} of {self.asked} pictures served ({rate:.1%}), "
+            f"Teacher cache ({self.store.where}): {self.served} of {self.asked} pictures served ({self.hit_rate:.1%}), "
             f"{self.saved_seconds:.1f} s saved, {self.store.held / GIB:.3g} of {self.store.budget / GIB:g} GiB held."
         )
 
