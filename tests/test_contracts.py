@@ -187,6 +187,59 @@ def test_the_step_computes_when_asked_and_once(register, monkeypatch):
     assert calls == [1]
 
 
+def test_the_stages_of_the_bottom_up_network_are_recorded(register):
+    def losses(self, step):
+        shapes = step.detector.stage_shapes
+        assert step.student.stages.keys() == shapes.keys() == {"res2", "res3", "res4", "res5"}
+        for name, value in step.student.stages.items():
+            assert value.shape[:2] == (2, shapes[name].channels) and value.requires_grad
+            assert value.shape[2] == 64 // shapes[name].stride
+        return {"loss_stages_sum": step.student.stages["res2"].square().mean()}
+
+    register("STAGES", losses=losses)
+    found, _ = losses_of(tiny_model("era", "MODEL.DISTILLER.METHODS", "('STAGES',)"), batch())
+    assert found["loss_stages_sum"] > 0
+
+
+class _Part:
+    """A method that first trains a layer of its own on the teacher's maps."""
+
+    def members():
+        def losses(self, step):
+            assert not step.student.features["p3"].requires_grad
+            return {"loss_part_p3": self.layer(step.teacher_features["p3"]).square().mean()}
+
+        def build(self, cfg, student, teacher):
+            Method.__init__(self)
+            self.layer = nn.Conv2d(16, 4, 1)
+
+        return {
+            "__init__": build,
+            "losses": losses,
+            "prepares": classmethod(lambda cls, cfg: True),
+        }
+
+
+def test_a_part_of_a_method_is_trained_alone(register):
+    """The student is frozen and its losses are dropped; what is optimised is the part."""
+    register("PART", **_Part.members())
+    model = tiny_model("era", "MODEL.DISTILLER.METHODS", "('PART',)")
+    found, _ = losses_of(model, batch())
+    assert found.keys() == {"loss_part_p3"}
+    found["loss_part_p3"].backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        "methods.part.layer.weight",
+        "methods.part.layer.bias",
+    }
+    assert not any(p.requires_grad for p in model.student.parameters())
+
+
+def test_a_part_and_a_distilling_method_cannot_share_a_run(register):
+    register("PART", **_Part.members())
+    with pytest.raises(UserError, match="part trains a part of its own first in this run, and era"):
+        tiny_model("era", "MODEL.DISTILLER.METHODS", "('PART', 'ERA')")
+
+
 def test_keys_belong_to_their_method(register):
     def add_config(cfg):
         cfg.MODEL.MINE = CfgNode({"WEIGHT": 1.0})

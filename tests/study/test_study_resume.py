@@ -144,3 +144,41 @@ def test_help_says_that_it_goes_on():
     assert "The same command goes on after a stop" in text and "the exit status is 1" in text
     with pytest.raises(SystemExit):
         argument_parser().parse_args(["two", "--fresh", "--reuse"])
+
+
+CHAIN = """
+title: A part first
+seeds: [1]
+baseline: plain
+results: docs/results/two
+runs:
+  teacher: {label: Teacher, config: configs/toy/teacher.yaml, role: teacher}
+  head: {label: Head, config: configs/toy/era.yaml, weights: {MODEL.TEACHER.WEIGHTS: teacher}, role: part}
+  plain: {label: Plain, config: configs/toy/plain.yaml}
+  chained: {label: Chained, config: configs/toy/era.yaml, weights: {MODEL.TEACHER.WEIGHTS: teacher, MODEL.WEIGHTS: head}}
+"""
+
+
+def test_a_part_is_trained_once_for_those_that_need_it_and_has_no_row(checkouts, capsys):
+    here, there = checkouts
+    for own in checkouts:
+        own.ap = {"teacher": 50.0, "plain": 10.0, "chained": 20.0, "head": 0.0}
+        own.write(CHAIN)
+    here.failing = {"chained_seed1"}
+    assert here.study() == 1 and "head" in here.started
+    here.failing = set()
+    assert here.study() == 0 and list(here.started) == [
+        "chained_seed1"
+    ]  # it goes on after the part
+    found = json.loads((here.root / "output/study/two/results.json").read_text())
+    assert [v["name"] for v in found["variants"]] == ["teacher", "plain", "chained"]
+    assert {p.stem for p in here.results.iterdir()} == {"teacher", "plain_seed1", "chained_seed1"}
+
+    there.results.mkdir(parents=True)
+    for path in here.results.iterdir():
+        (there.results / path.name).write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert there.study() == 0 and list(there.started) == []
+    assert "3 of 3 results" in capsys.readouterr().out
+    (there.results / "chained_seed1.json").unlink()
+    assert there.study() == 0 and list(there.started) == ["teacher", "head", "chained_seed1"]

@@ -25,6 +25,7 @@ from era.engine.preflight import (
 )
 from era.engine.trainer import Trainer
 from era.errors import UserError
+from era.methods.listing import methods_table
 from era.modeling.distiller import Distiller
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ examples:
   on the CPU, shortened:   %(prog)s --config-file configs/toy/era.yaml SOLVER.MAX_ITER 20
   go on after a stop:      %(prog)s --config-file ... --resume
   evaluate:                %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+  what can be distilled:   %(prog)s --list-methods
 
 Trailing KEY VALUE pairs override the config; README.md lists this project's keys.
 """
@@ -60,7 +62,22 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.description = (
         "Train or evaluate: distilled students, teachers and plain baselines, by config."
     )
+    parser.add_argument(
+        "--list-methods",
+        action=ListMethods,
+        nargs=0,
+        help="print the distillation methods for MODEL.DISTILLER.METHODS: idea, needs, paper",
+    )
     return parser
+
+
+class ListMethods(argparse.Action):
+    """Prints the methods and ends the program, as ``--help`` does."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """See :func:`era.methods.listing.methods_table`."""
+        print(methods_table())
+        parser.exit()
 
 
 def train_net(argv: list[str] | None = None) -> None:

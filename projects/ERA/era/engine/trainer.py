@@ -171,6 +171,11 @@ class Trainer(DefaultTrainer):
         """The model without DDP around it."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def is_preparation(self) -> bool:
+        """Whether only a part of a method is trained, and the student is of no interest."""
+        return isinstance(self.bare_model, Distiller) and self.bare_model.preparing
+
     def resume_or_load(self, resume: bool = True) -> None:
         """As DefaultTrainer; a fresh start of a distiller may let the student inherit weights."""
         super().resume_or_load(resume)
@@ -188,7 +193,7 @@ class Trainer(DefaultTrainer):
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
         if teacher is not None and teacher.cache is not None:
             ret.insert(0, CacheFigures(teacher.cache))
-        if comm.is_main_process():
+        if comm.is_main_process() and not self.is_preparation:
             ret.append(SaveStudent())
         return ret
 
@@ -221,7 +226,10 @@ class Trainer(DefaultTrainer):
         )
 
     def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
-        """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once."""
+        """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once. Nothing where only a
+        part of a method is trained."""
+        if self.is_preparation:
+            return OrderedDict()
         results = evaluate(cfg, model)
         if cfg.TEST.EVAL_TEACHER and isinstance(self.bare_model, Distiller):
             if self._teacher_results is None:

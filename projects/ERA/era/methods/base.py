@@ -23,11 +23,13 @@ class Needs:
         teacher_at_inference: whether the trained model detects with parts of the teacher.
         labels: whether every loss needs ground truth. A method with losses that need none says False, and is
             then also given steps whose ``labeled`` is False (``DATASETS.UNLABELED``).
+        more: whatever else costs something or must be there, for people: ``a second view``, ``a trained head``.
     """
 
     teacher: bool = True
     teacher_at_inference: bool = False
     labels: bool = True
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ class Method(nn.Module):
     def needs(cls, cfg: CfgNode) -> Needs:
         """What this run's settings need; by default a teacher in training alone."""
         return Needs()
+
+    @classmethod
+    def prepares(cls, cfg: CfgNode) -> bool:
+        """Whether this run trains a part of the method alone, which a later run names (:func:`~era.checkpoint.part.load_part`).
+
+        The student is then frozen: it says where the samples are, its losses are dropped, and it is neither evaluated nor
+        written. What is written is the training checkpoint with the method's modules.
+        """
+        return False
 
     @classmethod
     def benchmark_rows(cls, cfg: CfgNode) -> dict[str, Callable[..., Method]]:

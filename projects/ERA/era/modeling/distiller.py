@@ -44,6 +44,8 @@ class Distiller(nn.Module):
         label_free: names of those that have losses without ground truth.
         pseudo_score: the teacher's detections of at least this score choose anchors and proposals on pictures
             without labels, in the place of the ground truth; no loss is taken against them.
+        preparing: only parts of the methods are trained (:meth:`era.methods.base.Method.prepares`): the student is frozen and
+            its losses are dropped.
 
     Raises:
         UserError: more than one method brings its own detector.
@@ -58,6 +60,7 @@ class Distiller(nn.Module):
         methods: nn.ModuleDict | None = None,
         label_free: Sequence[str] = (),
         pseudo_score: float = 0.5,
+        preparing: bool = False,
     ):
         super().__init__()
         self.student = student
@@ -66,6 +69,9 @@ class Distiller(nn.Module):
         self._teacher = (teacher,)
         self.label_free = tuple(label_free)
         self.pseudo_score = pseudo_score
+        self.preparing = preparing
+        if preparing:
+            student.requires_grad_(False)
         own = [name for name, m in self.methods.items() if m.detector(self.detector) is not None]
         if len(own) > 1:
             raise UserError(
@@ -84,6 +90,7 @@ class Distiller(nn.Module):
             UserError: a key, the teacher, or the fit of the two is wrong.
         """
         validate_config(cfg)
+        preparing = is_preparation(cfg)
         student = build_model(student_config(cfg))
         detector = detector_of(student)
         detector.check_student()
@@ -102,6 +109,7 @@ class Distiller(nn.Module):
             "methods": methods,
             "label_free": label_free_methods(cfg),
             "pseudo_score": cfg.MODEL.DISTILLER.PSEUDO_SCORE,
+            "preparing": preparing,
         }
 
     @property
@@ -129,6 +137,8 @@ class Distiller(nn.Module):
             return self.inference(batched_inputs)
         if len(self.methods) == 0:
             return self.student(batched_inputs)
+        if self.preparing:
+            return self._preparation(batched_inputs)
         labeled, unlabeled = split_by_labels(batched_inputs)
         with self.detector.record() as recording:
             losses = self.student(labeled)
@@ -141,6 +151,13 @@ class Distiller(nn.Module):
                 others = self._losses_of_methods(step, self.label_free, losses)
             terms = mean_over_images(terms, others, (len(labeled), len(unlabeled)))
         return {**losses, **terms}
+
+    def _preparation(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The methods' losses alone, on a step of the frozen student."""
+        with torch.no_grad(), self.detector.record() as recording:
+            self.student(batched_inputs)
+        step = Step(batched_inputs, recording, self.detector, self.teacher)
+        return self._losses_of_methods(step, self.methods, {})
 
     def _losses_of_methods(
         self, step: Step, names: Iterable[str], taken: dict[str, Tensor]
@@ -222,6 +239,28 @@ def needs_teacher(cfg: CfgNode) -> bool:
         or cfg.TEST.EVAL_TEACHER
         or len(cfg.DATASETS.UNLABELED) > 0
     )
+
+
+def is_preparation(cfg: CfgNode) -> bool:
+    """Whether a run trains parts of its methods alone, see :meth:`era.methods.base.Method.prepares`.
+
+    Raises:
+        UserError: some of its methods do, and others do not; or there are pictures without labels.
+    """
+    methods = methods_of(cfg)
+    parts = [name for name, method in methods.items() if method.prepares(cfg)]
+    if parts and len(parts) < len(methods):
+        others = ", ".join(name for name in methods if name not in parts)
+        raise UserError(
+            f"MODEL.DISTILLER.METHODS: {', '.join(parts)} trains a part of its own first in this run, and {others} "
+            "does not: expected a run for that part alone; name the others in the run that distils."
+        )
+    if parts and cfg.DATASETS.UNLABELED:
+        raise UserError(
+            f"DATASETS.UNLABELED names {list(cfg.DATASETS.UNLABELED)} in a run that trains a part of {', '.join(parts)}: "
+            "expected labelled pictures alone; set it to ()."
+        )
+    return bool(parts)
 
 
 def check_classes(student: Detector, teacher: Teacher) -> None:

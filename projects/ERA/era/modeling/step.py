@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
 from era.modeling.detectors import Detector, Predictions, Recording, TaskLoss
 from era.modeling.teacher import Teacher, aligned
+from era.modeling.views import View
 
 
 @dataclass
@@ -32,6 +33,17 @@ class Step:
     teacher: Teacher | None = None
     labeled: bool = True
     teacher_maps: dict[str, Tensor] | None = None
+    _views: dict[str, View] = field(default_factory=dict, repr=False)
+
+    def view(self, name: str) -> View:
+        """The same pictures seen another way, one for all methods that ask for it.
+
+        Args:
+            name: one of :data:`era.modeling.views.VIEWS`.
+        """
+        if name not in self._views:
+            self._views[name] = View(self, name)
+        return self._views[name]
 
     @cached_property
     def teacher_features(self) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ class Run:
     iterations: int  # optimiser steps, on num_gpus processes; 0 = evaluation only
     variant: str = ""  # its name in the plan
     seed: int | None = None  # None = the config's own
-    is_teacher: bool = False
+    is_teacher: bool = False  # trained once for all seeds
+    is_part: bool = False  # such a one, of a part of a method: it leaves no AP
     methods: tuple[str, ...] = ()  # of distillation; none of a plain detector
     inherited: str = NOTHING  # weights of the teacher that the student started from
     depends_on: tuple[str, ...] = ()  # names of the runs that must be done before
@@ -118,6 +119,7 @@ def make_runs(
                     variant=variant.name,
                     seed=seed,
                     is_teacher=variant.is_teacher,
+                    is_part=variant.is_part,
                     methods=tuple(cfg.MODEL.DISTILLER.METHODS) if is_distiller else (),
                     inherited=INHERITED[cfg.MODEL.DISTILLER.INIT_STUDENT]
                     if is_distiller

@@ -18,7 +18,7 @@ PLAN_ENTRIES = (
 )  # fmt: skip
 TUNE_ENTRIES = ("dataset", "seeds", "iterations", "tries")
 RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
-ROLES = ("student", "teacher")
+ROLES = ("student", "teacher", "part")
 MAX_ITER = "SOLVER.MAX_ITER"  # the key that a schedule sets
 TEST = "DATASETS.TEST"
 SEEDS = "a list of different numbers from 0 on"
@@ -34,7 +34,10 @@ class Variant:
     overrides: tuple[str, ...] = ()  # KEY, VALUE, KEY, VALUE, ...
     weights: dict[str, str] = field(default_factory=dict)  # config key -> variant it comes from
     evaluates: str | None = None  # the variant whose model it evaluates, without training
-    is_teacher: bool = False
+    is_teacher: bool = False  # trained once for all seeds, and not compared
+    is_part: bool = (
+        False  # such a one that is no detector: a part of a method, which is not evaluated
+    )
     pace: tuple[
         str, ...
     ] = ()  # (time_of, step_of): variants that say how many iterations it trains
@@ -79,8 +82,8 @@ class Plan:
 
     @property
     def teachers(self) -> list[Variant]:
-        """Variants that are trained once for all seeds, and not compared."""
-        return [v for v in self.variants.values() if v.is_teacher]
+        """Detectors that are trained once for all seeds, and not compared."""
+        return [v for v in self.variants.values() if v.is_teacher and not v.is_part]
 
     def choose(self, only: Sequence[str] | None) -> list[Variant]:
         """Some of the variants with all that they need, in the plan's order; None = all.
@@ -317,14 +320,15 @@ class _Reader:
             given = self.mapping(entry["iterations"], place, keys)
             trained = [n for n, v in above.items() if not v.evaluates and not v.is_teacher]
             pace = tuple(self.one_of(given.get(key), f"{place}.{key}", trained) for key in keys)
+        role = self.one_of(entry.get("role", ROLES[0]), f"{where}.role", ROLES)
         return Variant(
             name=name,
             label=label,
             config=self.text(entry.get("config"), f"{where}.config"),
             overrides=overrides,
             weights=weights,
-            is_teacher=self.one_of(entry.get("role", ROLES[0]), f"{where}.role", ROLES)
-            == "teacher",
+            is_teacher=role != "student",
+            is_part=role == "part",
             pace=pace,
         )
 

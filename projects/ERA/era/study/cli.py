@@ -133,7 +133,8 @@ def run_all(
     results: dict[str, Result] = {}
     if plan.results and not fresh:
         results, outdated = read_results(plan.results, runs, identities(runs))
-        print(f"{len(results)} of {len(runs)} results are in {plan.results}", flush=True)
+        count = sum(not run.is_part for run in runs)
+        print(f"{len(results)} of {count} results are in {plan.results}", flush=True)
         for name in outdated:
             print(
                 f"{plan.results / name}.json is of other settings: {name} is to be run", flush=True
@@ -141,6 +142,8 @@ def run_all(
         for name in lacking_charts(runs, results):
             del results[name]  # made again, from its folder
     known = {name: result.iterations for name, result in results.items()}
+    needed = {name for run in runs for name in run.depends_on}
+    known |= {run.name: run.iterations for run in runs if run.is_part and run.name in needed}
 
     def keep(state: State) -> None:
         result = make_result(

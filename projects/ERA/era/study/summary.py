@@ -128,7 +128,7 @@ def summarise(plan: Plan, runs: Sequence[Run], results: Mapping[str, Result]) ->
     """
     found: dict[str, dict[int | None, Result]] = {}
     first: dict[str, Run] = {}
-    for run in runs:
+    for run in (run for run in runs if not run.is_part):
         first.setdefault(run.variant, run)
         of_variant = found.setdefault(run.variant, {})
         if run.name in results:

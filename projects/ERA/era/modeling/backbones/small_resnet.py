@@ -50,7 +50,8 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     bottom_up = ResNet(
         stem,
         stages,
-        out_features=list(cfg.MODEL.FPN.IN_FEATURES),
+        # what the FPN does not read, methods may
+        out_features=sorted({*cfg.MODEL.FPN.IN_FEATURES, *keys.OUT_FEATURES}),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
     return FPN(

@@ -80,6 +80,18 @@ class Detector(ABC):
         return self.model.backbone.output_shape()
 
     @property
+    def stage_shapes(self) -> dict[str, ShapeSpec]:
+        """Channels and strides of the stages of the bottom-up network that the FPN is built on, by name; none for a
+        backbone of another form."""
+        bottom_up = getattr(self.model.backbone, "bottom_up", None)
+        return bottom_up.output_shape() if bottom_up is not None else {}
+
+    @property
+    def pixel_mean(self) -> list[float]:
+        """Mean of each channel, in the model's order, 0 to 255."""
+        return self.model.pixel_mean.flatten().tolist()
+
+    @property
     @abstractmethod
     def head_levels(self) -> set[str]:
         """Names of the feature maps that the heads read."""
@@ -103,6 +115,11 @@ class Detector(ABC):
         The model's own ``forward`` runs unchanged, so its losses are those of plain training. Nothing is
         left on the model, also when the forward fails.
         """
+
+    def maps(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """The model's FPN maps of other inputs of the form of its own, level name to (B, C, H, W); with gradient and
+        batch statistics as the model's mode has them."""
+        return self.model.backbone(self.model.preprocess_image(batched_inputs).tensor)
 
     @abstractmethod
     def boxes_alone(self) -> AbstractContextManager[None]:

@@ -125,6 +125,9 @@ class RCNN(Detector):
         def on_rpn_input(_module, args):
             recording.images, recording.features, recording.targets = args
 
+        def on_stages(_module, _args, output):
+            recording.stages = output
+
         def on_anchors(_module, _args, output):
             recording.anchors = output
 
@@ -159,6 +162,8 @@ class RCNN(Detector):
             roi_heads.box_head.register_forward_hook(on_box_head),
             roi_heads.box_predictor.register_forward_hook(on_predictor),
         ]
+        if self.stage_shapes:
+            handles.append(self.model.backbone.bottom_up.register_forward_hook(on_stages))
         rpn.label_and_sample_anchors = label_and_keep
         try:
             yield recording

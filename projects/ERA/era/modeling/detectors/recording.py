@@ -54,6 +54,8 @@ class Recording:
         images: the student's preprocessed, padded batch.
         targets: ground truth of each image, boxes in pixels of the resized image.
         features: FPN maps, level name to (B, C_S, H, W), with gradient.
+        stages: maps of the bottom-up network that the FPN is built on (``res2`` to ``res5``), name to (B, C, H, W),
+            with gradient; see :attr:`Detector.stage_shapes`.
         predictions: of the student's heads on its samples, with gradient.
         vectors: what a head makes of each sample before its last layers, (R, D), with gradient, where
             :attr:`Detector.vector_channels` says that there is such a vector.
@@ -62,6 +64,7 @@ class Recording:
     images: ImageList = None
     targets: list[Instances] = field(default_factory=list)
     features: dict[str, Tensor] = field(default_factory=dict)
+    stages: dict[str, Tensor] = field(default_factory=dict)
     predictions: Predictions = None
     vectors: Tensor = None
 
