@@ -12,7 +12,7 @@ from era.config import load_config, student_config
 from era.engine.launch import train_net
 from era.errors import UserError
 from era.methods import Method, Needs
-from era.modeling.detectors import detector_of, family_of
+from era.modeling.detectors import Recording, detector_of, family_of
 from era.modeling.detectors.rcnn import RCNN
 from era.registry import METHOD_REGISTRY, methods_of, set_alpha
 
@@ -96,6 +96,23 @@ def test_task_losses_with_weights_of_one_are_the_stock_losses(opts, objects):
         for a, b in zip(own, other, strict=True):
             if b is not None:
                 torch.testing.assert_close(a if a is not None else b * 0, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objects", [(2, 3), (2, 0), (0, 0)], ids=["full", "half", "empty"])
+def test_the_classes_of_the_samples_are_those_of_the_class_loss(objects):
+    """Row by row with the predictions; background is the number of classes, and alone where there is no object."""
+    student = tiny_model("plain")
+    detector = detector_of(student)
+    with detector.record() as recording:
+        stock, _ = losses_of(student, batch(objects))
+    classes = recording.classes
+    assert classes.shape == recording.predictions.class_logits.shape[:1]
+    found = nn.functional.cross_entropy(recording.predictions.class_logits, classes)
+    torch.testing.assert_close(found, stock["loss_cls"])
+    labelled = {int(c) for item in batch(objects) for c in item["instances"].gt_classes}
+    assert set(classes.tolist()) == labelled | {detector.num_classes}
+    with pytest.raises(NotImplementedError, match="Recording does not say what class"):
+        _ = Recording().classes
 
 
 def test_methods_weight_the_students_own_losses_and_their_weights_multiply(register):
@@ -317,7 +334,7 @@ def test_the_old_key_names_the_new_one(value, tmp_path):
 
 
 def test_a_distiller_that_would_distil_nothing_is_refused():
-    with pytest.raises(UserError, match="nothing would be distilled: name methods out of ERA"):
+    with pytest.raises(UserError, match=r"nothing would be distilled: name methods out of .*ERA"):
         tiny_model("era", "MODEL.DISTILLER.METHODS", "[]")
 
 

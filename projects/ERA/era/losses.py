@@ -61,13 +61,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     Returns:
         Scalar >= 0; 0, connected to ``student_logits``, when there are no rows.
     """
-    student_logits = at_least_float32(student_logits)
-    teacher_logits = at_least_float32(teacher_logits).detach()
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"shapes differ: student {tuple(student_logits.shape)}, "
-            f"teacher {tuple(teacher_logits.shape)}"
-        )
+    student_logits, teacher_logits = logits_to_compare(student_logits, teacher_logits)
     if student_logits.shape[0] == 0:
         return student_logits.sum()
     return temperature**2 * F.kl_div(
@@ -76,6 +70,68 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
         reduction="batchmean",
         log_target=True,
     )
+
+
+def group_divergences(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    groups: Tensor,
+    count: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``tau^2 KL(teacher || student)`` of class distributions, taken apart by the chain rule over groups of classes.
+
+    With ``b^g`` the mass of group g and ``p^g`` the distribution within it::
+
+        KL(p_T || p_S) = KL(b_T || b_S) + sum_g b_T^g KL(p_T^g || p_S^g)
+
+    DKD (arXiv 2203.08679) and GDKD (arXiv 2512.04625) give these parts weights of their own. Their code takes the log
+    of summed probabilities, which is -inf for a confident row, and leaves classes out by subtracting 1000 from their
+    logits; here log b is a difference of log-sum-exps, and a class that is left out has no part at all.
+
+    Args:
+        student_logits, teacher_logits: shape (R, C), rows aligned. The teacher's are treated as constants.
+        groups: (R, C), long, the group of each class in each row, from 0; every group has a class in every row.
+        count: G, the number of groups.
+        temperature: tau > 0.
+
+    Returns:
+        By row, ``tau^2 KL(b_T || b_S)``, (R,), and ``tau^2 KL(p_T^g || p_S^g)``, (R, G), not weighted by ``b_T^g``;
+        each >= 0, float32 or wider.
+    """
+    own, other = (x / temperature for x in logits_to_compare(student_logits, teacher_logits))
+    masks = [groups == g for g in range(count)]
+
+    def log_masses(logits: Tensor) -> Tensor:
+        alone = (logits.masked_fill(~mask, float("-inf")) for mask in masks)
+        return torch.stack([x.logsumexp(1) for x in alone], dim=1)
+
+    own_masses, other_masses = log_masses(own), log_masses(other)
+    log_b_s, log_b_t = own_masses.log_softmax(1), other_masses.log_softmax(1)
+    between = (log_b_t.exp() * (log_b_t - log_b_s)).sum(1)
+    log_p_s, log_p_t = own - own_masses.gather(1, groups), other - other_masses.gather(1, groups)
+    parts = log_p_t.exp() * (log_p_t - log_p_s)
+    within = torch.stack([(parts * mask).sum(1) for mask in masks], dim=1)
+    return temperature**2 * between, temperature**2 * within
+
+
+def mean_of_rows(values: Tensor) -> Tensor:
+    """Mean over the first dimension; 0, connected to the graph, of no row."""
+    return values.sum(0) / max(len(values), 1)
+
+
+def logits_to_compare(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 or wider, the teacher's without gradient.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"shapes differ: student {tuple(student_logits.shape)}, "
+            f"teacher {tuple(teacher_logits.shape)}"
+        )
+    return at_least_float32(student_logits), at_least_float32(teacher_logits).detach()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

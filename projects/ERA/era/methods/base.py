@@ -164,6 +164,39 @@ def check_weights(weights: dict[str, float]) -> None:
             raise UserError(f"{key} is {value}: expected a finite number of at least 0; set it so.")
 
 
+def check_temperature(key: str, value: float) -> None:
+    """A temperature, ``tau``, is finite and above 0.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0.0 < value < float("inf"):
+        raise UserError(f"{key} is {value}: expected a finite number above 0; set it so.")
+
+
+def check_class_logits(student: Detector, teacher: Detector, reason: str) -> None:
+    """Class distributions of both models on the student's samples can be compared row by row.
+
+    Args:
+        reason: what compares them, for messages.
+
+    Raises:
+        UserError: the teacher's heads cannot predict there, or a model has no softmax over its classes.
+    """
+    teacher.check_class_distributions(student, reason)
+    own, other = student.feature_shapes, teacher.feature_shapes
+    unfit = sorted(
+        level
+        for level in teacher.head_levels
+        if level not in own or own[level].stride != other[level].stride
+    )
+    if unfit:
+        raise UserError(
+            f"{reason} needs the teacher's heads on the student's samples, and they read {unfit}, which the student's "
+            "backbone lacks or has at another stride: name a teacher with the student's FPN levels, or switch that off."
+        )
+
+
 def check_levels(
     student: Detector, teacher: Detector, levels: list[str], key: str
 ) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from era.errors import UserError
-from era.methods.base import check_weights
+from era.methods.base import check_temperature, check_weights
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
@@ -206,7 +206,6 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.ERA.NUM_BLOCKS is {era.NUM_BLOCKS} and MODEL.ERA.HIDDEN_CHANNELS is "
             f"{era.HIDDEN_CHANNELS}: expected at least 1 block and at least 0 channels."
         )
-    if era.KD_TEMPERATURE <= 0:
-        raise UserError(f"MODEL.ERA.KD_TEMPERATURE is {era.KD_TEMPERATURE}: expected more than 0.")
+    check_temperature("MODEL.ERA.KD_TEMPERATURE", era.KD_TEMPERATURE)
     if not era.LEVELS:
         raise UserError("MODEL.ERA.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")

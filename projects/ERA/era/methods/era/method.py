@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import kd_loss
-from era.methods.base import Method, Needs, check_levels
+from era.methods.base import Method, Needs, check_class_logits, check_levels
 from era.methods.era import benchmark, config
 from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS
@@ -187,6 +187,8 @@ class ERA(Method):
                     f"MODEL.ERA.LEVELS is {levels}: the teacher's heads also read {missing}, so TWI and alpha "
                     "above 0 need them; add them."
                 )
+        if era.KD_WEIGHT > 0:
+            check_class_logits(student, judge, "ERA with MODEL.ERA.KD_WEIGHT above 0")
         if 0 < era.ALPHA < 1:
             student.check_equal_heads(judge, reason=f"MODEL.ERA.ALPHA {era.ALPHA}")
         mbrnet = MBRNet(

@@ -140,6 +140,11 @@ class Detector(ABC):
         """
 
     @abstractmethod
+    def check_class_distributions(self, student: Detector, reason: str) -> None:
+        """These heads predict on the student's samples, and the class logits of both models are of one distribution a
+        sample, the softmax over classes and background; arguments and errors as of :meth:`check_judge`."""
+
+    @abstractmethod
     def task_losses(self, recording: Recording) -> dict[str, TaskLoss]:
         """The student's own losses sample by sample, under the names that its forward gives them.
 

@@ -216,13 +216,27 @@ class RCNN(Detector):
         proposals. Masks, keypoints and federated class losses cannot be weighted by sample."""
         return rpn_task_losses(self.model, recording) | roi_task_losses(self.model, recording)
 
-    def check_judge(self, student: Detector, reason: str) -> None:
-        """Plain heads, and the same anchors."""
+    def _check_plain_heads(self, student: Detector, reason: str) -> None:
         if not isinstance(student, RCNN) or not self._has_plain_heads():
             raise UserError(
                 f"the teacher has {self._describe_heads()}, the student is a {type(student).__name__}: "
                 f"{reason} needs an RPN and StandardROIHeads in both; name another teacher, or switch that off."
             )
+
+    def check_class_distributions(self, student: Detector, reason: str) -> None:
+        """Plain heads, and ``MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE`` False; federated losses need it True."""
+        self._check_plain_heads(student, reason)
+        for who, detector in (("student", student), ("teacher", self)):
+            if detector.model.roi_heads.box_predictor.use_sigmoid_ce:
+                raise UserError(
+                    f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True in the {who}: {reason} needs a softmax over classes and "
+                    "background in both models; choose models trained with one (USE_SIGMOID_CE and USE_FED_LOSS "
+                    "False), or switch that off."
+                )
+
+    def check_judge(self, student: Detector, reason: str) -> None:
+        """Plain heads, and the same anchors."""
+        self._check_plain_heads(student, reason)
         own, other = (m.proposal_generator.anchor_generator for m in (student.model, self.model))
         if own.strides != other.strides or not _equal_anchors(own.cell_anchors, other.cell_anchors):
             raise UserError(

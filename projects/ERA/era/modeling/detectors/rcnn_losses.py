@@ -46,6 +46,11 @@ class RCNNRecording(Recording):
         """The sampled proposals."""
         return self.proposals
 
+    @property
+    def classes(self) -> Tensor:
+        """``gt_classes`` of the sampled proposals, all images one after the other."""
+        return torch.cat([own.gt_classes for own in self.proposals])
+
     def sample(self, per_image: int) -> ProposalSample:
         """A part of the proposals that stands for all (0 = all); taken once a step, whoever asks."""
         if per_image not in self._samples:
@@ -78,7 +83,7 @@ def roi_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[st
     that are objects."""
     predictor = model.roi_heads.box_predictor
     logits, deltas = (at_least_float32(x) for x in recording.predictions)
-    classes = torch.cat([own.gt_classes for own in recording.proposals])
+    classes = recording.classes
     rows, normaliser = torch.arange(len(classes), device=classes.device), max(len(classes), 1)
     scale, losses = predictor.loss_weight, {}
     if not predictor.use_fed_loss:

@@ -73,6 +73,14 @@ class Recording:
         """Where :meth:`Detector.predict` is to predict so that its rows align with ``predictions``."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its samples are")
 
+    @property
+    def classes(self) -> Tensor:
+        """The ground-truth class of each sample, (R,), ``Detector.num_classes`` where it is background; rows align with
+        ``predictions``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what class its samples are of"
+        )
+
     def sample(self, per_image: int) -> ProposalSample:
         """A part of the samples that stands for all, with its strata (0 = all); taken once a step."""
         raise NotImplementedError(
