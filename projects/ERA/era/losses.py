@@ -134,6 +134,44 @@ def logits_to_compare(student_logits: Tensor, teacher_logits: Tensor) -> tuple[T
     return at_least_float32(student_logits), at_least_float32(teacher_logits).detach()
 
 
+def quality_bce(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """``|p_T - p| BCE(p, p_T)`` element by element, ``p = sigma(z)``: the quality focal loss with beta 1 against another
+    model's probabilities, as CrossKD's ``KDQualityFocalLoss``. Gradients also flow through the factor.
+
+    Args:
+        logits, target_logits: z and z_T, of equal shape. The target's are treated as constants.
+
+    Returns:
+        Of that shape, >= 0, at least float32.
+    """
+    logits, target = at_least_float32(logits), at_least_float32(target_logits).detach().sigmoid()
+    with torch.autocast(logits.device.type, enabled=False):
+        distance = (target - logits.sigmoid()).abs()
+        return distance * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Maps (B, C, H, W) or vectors (R, C) with mean 0 and variance 1 in every channel, over all else.
+
+    The variance is over n, not n - 1, elements; a channel without variance becomes 0, with a finite gradient. At least
+    float32; nothing, connected to ``x``, for no element.
+    """
+    x = at_least_float32(x)
+    if x.numel() == 0:
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        mean, deviation = channel_moments(x)
+        return (x - mean) / deviation
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel of maps or vectors, in the form of ``x`` with one element a
+    channel; the deviation is over n elements and at least 1e-6."""
+    others = [i for i in range(x.dim()) if i != 1]
+    variance, mean = torch.var_mean(x, dim=others, correction=0, keepdim=True)
+    return mean, (variance + 1e-12).sqrt()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32 if it is of a half type, else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

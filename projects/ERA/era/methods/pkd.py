@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.losses import at_least_float32, mse
+from era.losses import mse, standardised
 from era.methods.base import Method, Needs, check_levels, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
@@ -37,14 +36,6 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar from 0 to 2, float32 or wider.
     """
     return 0.5 * mse(standardised(student), standardised(teacher.detach()))
-
-
-def standardised(maps: Tensor) -> Tensor:
-    """Maps (B, C, H, W) with mean 0 and variance 1 in every channel, over images and positions."""
-    maps = at_least_float32(maps)
-    with torch.autocast(maps.device.type, enabled=False):
-        variance, mean = torch.var_mean(maps, dim=(0, 2, 3), correction=0, keepdim=True)
-        return (maps - mean) / (variance + 1e-12).sqrt()
 
 
 @METHOD_REGISTRY.register()

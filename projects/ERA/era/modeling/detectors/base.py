@@ -15,6 +15,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.modeling.detectors.parts import HeadPart
 from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, Recording, TaskLoss
 
 
@@ -255,6 +256,11 @@ class Detector(ABC):
     ) -> Tensor:
         """As :meth:`soft_head_loss`, of what the last layers say against what they said of other vectors, row by row."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
+
+    @property
+    def head_parts(self) -> dict[str, HeadPart]:
+        """By name, parts of the heads that methods can look into; those that are no such part are left out."""
+        return {}
 
     @property
     def foreground_levels(self) -> set[str]:

@@ -26,6 +26,7 @@ from era.modeling.detectors.rcnn_losses import (
     roi_task_losses,
     rpn_task_losses,
 )
+from era.modeling.detectors.rcnn_parts import HeadPart, parts_of
 from era.modeling.detectors.rcnn_soft import (
     predict_anchors_at,
     soft_anchor_losses,
@@ -140,6 +141,9 @@ class RCNN(Detector):
         def on_pooler(_module, _args, output):
             recording.roi_features = output
 
+        def on_first_layer(_module, _args, output):
+            recording.hidden = output
+
         def on_box_head(_module, _args, output):
             recording.vectors = output
 
@@ -164,6 +168,8 @@ class RCNN(Detector):
         ]
         if self.stage_shapes:
             handles.append(self.model.backbone.bottom_up.register_forward_hook(on_stages))
+        for layer in getattr(roi_heads.box_head, "fcs", [])[:1]:
+            handles.append(layer.register_forward_hook(on_first_layer))
         rpn.label_and_sample_anchors = label_and_keep
         try:
             yield recording
@@ -322,6 +328,11 @@ class RCNN(Detector):
             logits, deltas = predict_anchors_at(self, features, recording, positions)
             return soft_anchor_losses(logits[None], deltas[None], targets)[0]
         return soft_roi_loss(self, features, targets, recording, samples_per_image, temperature)
+
+    @property
+    def head_parts(self) -> dict[str, HeadPart]:
+        """``rpn`` and ``roi``, see :func:`parts_of`."""
+        return parts_of(self) if self._has_plain_heads() else {}
 
     @property
     def foreground_levels(self) -> set[str]:

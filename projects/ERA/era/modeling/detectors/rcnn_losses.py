@@ -29,6 +29,8 @@ class RCNNRecording(Recording):
         proposals: per image, the sampled proposals with ``gt_classes`` (and ``gt_boxes`` if any).
         num_classes: the class of background.
         roi_features: the box pooler's output on those proposals, (R, C_S, P, P), with gradient.
+        hidden: what the box head's first fully connected layer makes of them, before the ReLU, (R, D), with
+            gradient; None if it has none.
     """
 
     anchors: list[Boxes] = field(default_factory=list)
@@ -39,6 +41,7 @@ class RCNNRecording(Recording):
     proposals: list[Instances] = field(default_factory=list)
     num_classes: int = 0
     roi_features: Tensor = None
+    hidden: Tensor = None
     _samples: dict[int, ProposalSample] = field(default_factory=dict, repr=False)
 
     @property
