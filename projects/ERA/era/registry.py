@@ -35,9 +35,11 @@ def methods_of(cfg: CfgNode) -> dict[str, type]:
     for name in cfg.MODEL.DISTILLER.METHODS if is_distiller(cfg) else ():
         known = sorted(known for known, _ in METHOD_REGISTRY)
         if name not in known:
-            near = difflib.get_close_matches(str(name).upper(), known, n=1, cutoff=0.5)
+            upper = {own.upper(): own for own in known}
+            near = difflib.get_close_matches(str(name).upper(), upper, n=1, cutoff=0.5)
+            hint = f" (is {upper[near[0]]} meant?)" if near else ""
             raise UserError(
-                f"MODEL.DISTILLER.METHODS names {name!r}{f' (is {near[0]} meant?)' if near else ''}: "
+                f"MODEL.DISTILLER.METHODS names {name!r}{hint}: "
                 f"expected names out of {', '.join(known)}."
             )
         if name.lower() in found:
