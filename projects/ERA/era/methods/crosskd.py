@@ -139,12 +139,12 @@ class CrossKD(Method):
         adapters = {}
         for part in used:
             for who, detector in (("student", student), ("teacher", judge)):
-                if part not in detector.head_parts:
+                found = detector.head_parts.get(part)
+                if found is None or found.channels is None:
                     raise UserError(
                         f"MODEL.CROSSKD.{part.upper()}_CLASS_WEIGHT or _BOX_WEIGHT is above 0, and the {who}, a "
-                        f"{type(detector).__name__}, has no head {part!r} that can be cut in two (only "
-                        f"{list(detector.head_parts)}): set both to 0, or name a detector with axis-aligned boxes "
-                        "and MODEL.ROI_BOX_HEAD.NUM_FC above 0."
+                        f"{type(detector).__name__}, has no head {part!r} that can be cut in two: set both to 0, or name "
+                        "a detector with axis-aligned boxes and MODEL.ROI_BOX_HEAD.NUM_FC above 0."
                     )
             own, other = (detector.head_parts[part] for detector in (student, judge))
             adapters[part] = _adapter(own.channels, other.channels, dense=own.dense)

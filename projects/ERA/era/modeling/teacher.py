@@ -12,6 +12,7 @@ from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
@@ -223,6 +224,29 @@ class Teacher(nn.Module):
         maps = self.maps(batched_inputs, image_size, images)
         with self.detector.boxes_alone():
             return self.detector.detect_on(maps, images), maps
+
+    @torch.no_grad()
+    def mirrored_maps(
+        self, batched_inputs: list[dict], image_size: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], int]:
+        """The teacher's FPN maps of the pictures mirrored left to right, and the width that they are mirrored by:
+        x becomes width - x. They are computed anew, whatever the cache has.
+
+        Position j of a level shows what lies around pixel j * stride, so its mirror image is position
+        width / stride - j: the width is a multiple of every stride, and there is padding on the right so that the mirror
+        image of position 0 exists.
+
+        Args:
+            image_size: as in :meth:`features`.
+
+        Returns:
+            Level name to (B, C_T, H, W), mirrored, not cut, with W above width / stride; and the width in pixels.
+        """
+        stride = max(shape.stride for shape in self.detector.feature_shapes.values())
+        height, width = image_size
+        images = self.preprocess(batched_inputs, height, math.ceil(width / stride) * stride)
+        mirrored = F.pad(images.tensor.flip(-1), (0, stride))
+        return self._maps(ImageList(mirrored, images.image_sizes)), images.tensor.shape[-1]
 
     def _maps(self, images: ImageList) -> dict[str, Tensor]:
         return self._backbone[0](images.tensor.contiguous(memory_format=self.memory_format))

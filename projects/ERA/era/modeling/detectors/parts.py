@@ -1,4 +1,5 @@
-"""One part of a detector's heads, for methods that look into it: where it can be cut in two."""
+"""One part of a detector's heads, for methods that look into it: where it can be cut in two, and its loss of classes
+sample by sample."""
 
 from __future__ import annotations
 
@@ -15,13 +16,17 @@ class HeadPart(ABC):
 
     Attributes:
         names: of the hidden tensors where it is cut, the same in student and teacher if they fit together.
-        channels: C of the hidden tensors.
+        channels: C of the hidden tensors; None if it cannot be cut.
         dense: whether these are maps (B, C, H, W); else they are vectors of samples, (R, C).
+        class_loss: the name of its loss of classes among ``Detector.task_losses``.
+        exclusive: whether a sample is of exactly one class, so that the logits are those of one distribution.
     """
 
     names: tuple[str, ...]
-    channels: int
+    channels: int | None
     dense: ClassVar[bool]
+    class_loss: ClassVar[str]
+    exclusive: bool
 
     @abstractmethod
     def own_hidden(self, recording: Recording) -> dict[str, Tensor]:
@@ -52,4 +57,24 @@ class HeadPart(ABC):
 
         Returns:
             Scalars >= 0, ``class`` and ``box``; 0, connected to the graph, where there is nothing to compare.
+        """
+
+    @abstractmethod
+    def own_logits(self, recording: Recording) -> Tensor:
+        """What the student said of the classes in this step, row by row as the values of ``class_loss``: (n, C + 1), or
+        (n,) of one class that is there or not; with gradient."""
+
+    @abstractmethod
+    def truth(self, recording: Recording) -> Tensor:
+        """The right class of every row, (n,), long; 1 and 0 where there is one class."""
+
+    @abstractmethod
+    def mirrored_logits(
+        self, features: dict[str, Tensor], recording: Recording, width: int
+    ) -> Tensor:
+        """What this part says of the classes on the maps of mirrored pictures, at the mirror images of the student's
+        samples; rows as :meth:`own_logits`, float32, without gradient.
+
+        Args:
+            features, width: of :meth:`~era.modeling.teacher.Teacher.mirrored_maps`.
         """

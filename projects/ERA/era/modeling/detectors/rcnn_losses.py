@@ -54,6 +54,11 @@ class RCNNRecording(Recording):
         """``gt_classes`` of the sampled proposals, all images one after the other."""
         return torch.cat([own.gt_classes for own in self.proposals])
 
+    @property
+    def sampled_anchors(self) -> Tensor:
+        """(n,), rows of the anchors that the RPN's losses look at, all images one after the other."""
+        return (torch.stack(self.anchor_labels).flatten() >= 0).nonzero(as_tuple=True)[0]
+
     def sample(self, per_image: int) -> ProposalSample:
         """A part of the proposals that stands for all (0 = all); taken once a step, whoever asks."""
         if per_image not in self._samples:
@@ -68,7 +73,7 @@ def rpn_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[st
     labels = torch.stack(recording.anchor_labels)
     boxes = torch.cat([anchors.tensor for anchors in recording.anchors]).repeat(len(labels), 1)
     normaliser = float(recording.anchors_per_image * len(labels))
-    rows = (labels.flatten() >= 0).nonzero(as_tuple=True)[0]
+    rows = recording.sampled_anchors
     objects = (labels.flatten() == 1).nonzero(as_tuple=True)[0]
     truth = labels.flatten()[rows].to(logits.dtype)
     objectness = F.binary_cross_entropy_with_logits(logits.flatten()[rows], truth, reduction="none")

@@ -1,4 +1,4 @@
-"""An R-CNN's RPN and ROI head as parts: where CrossKD cuts them, and its losses of each.
+"""An R-CNN's RPN and ROI head as parts: where CrossKD cuts them and its losses of each, what they say of classes.
 
 CrossKD (arXiv 2306.11369, ``jbwang1997/CrossKD``) is for dense heads, and an RPN's is one. For the ROI head the
 repository has a two-stage form, ``crosskd_faster_rcnn.py``, whose losses are taken where the dense form has no answer.
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss
 from torch import Tensor
 
 from era.losses import at_least_float32, kd_loss, quality_bce
 from era.modeling.detectors.parts import HeadPart
-from era.modeling.detectors.rcnn_losses import RCNNRecording, deltas_of_class
+from era.modeling.detectors.rcnn_losses import RCNNRecording, by_anchor, deltas_of_class
 from era.modeling.detectors.rcnn_soft import predict_anchors_at
 from era.modeling.detectors.recording import ALL_POSITIONS, Predictions
 
@@ -113,6 +114,8 @@ class RPNPart(HeadPart):
     a later cut would leave nothing to share. CrossKD's code does the same where its cut is set to 0."""
 
     dense = True
+    class_loss = "loss_rpn_cls"
+    exclusive = True  # an object, or none
 
     def __init__(self, detector: RCNN):
         self.detector = detector
@@ -148,16 +151,51 @@ class RPNPart(HeadPart):
         )
         return cross_anchor_losses(logits, boxes, target_logits, target_boxes)
 
+    def own_logits(self, recording: RCNNRecording) -> Tensor:
+        """Objectness of the sampled anchors, (n,)."""
+        logits, _ = by_anchor(recording.rpn_output[0], [])
+        return torch.cat(logits, dim=1).flatten()[recording.sampled_anchors]
+
+    def truth(self, recording: RCNNRecording) -> Tensor:
+        """Whether a sampled anchor is an object."""
+        return torch.stack(recording.anchor_labels).flatten()[recording.sampled_anchors].long()
+
+    @torch.no_grad()
+    def mirrored_logits(
+        self, features: dict[str, Tensor], recording: RCNNRecording, width: int
+    ) -> Tensor:
+        """At the mirror image of every sampled anchor. An anchor's centre is ``(j + offset) * stride``, with
+        Detectron2's offset 0 the left edge of a cell, so position j is mirrored to ``width / stride - j``, not to that
+        less 1; with offset 0.5 the other way round. Between the two the nearer one is taken."""
+        rpn = self.detector.model.proposal_generator
+        generator = rpn.anchor_generator
+        first = max(0, 1 - round(2 * generator.offset))
+        found = []
+        logits, _ = rpn.rpn_head([features[level] for level in self.names])
+        for own, value, stride in zip(
+            recording.rpn_output[0], logits, generator.strides, strict=True
+        ):
+            height, columns = own.shape[-2:]
+            value = value[..., :height, first : first + width // stride].flip(-1)
+            found.append(value[..., :columns])
+        logits, _ = by_anchor(found, [])
+        return torch.cat(logits, dim=1).flatten()[recording.sampled_anchors]
+
 
 class ROIPart(HeadPart):
-    """The box head, cut after its first fully connected layer, before the ReLU."""
+    """The box head, cut after its first fully connected layer, before the ReLU; it can be cut if it is Detectron2's and
+    has such a layer."""
 
     dense = False
     names = ("fc1",)
+    class_loss = "loss_cls"
 
     def __init__(self, detector: RCNN):
         self.detector = detector
-        self.channels = detector.model.roi_heads.box_head.fc1.out_features
+        heads = detector.model.roi_heads
+        self.exclusive = not heads.box_predictor.use_sigmoid_ce
+        can_be_cut = isinstance(heads.box_head, FastRCNNConvFCHead) and heads.box_head.fcs
+        self.channels = heads.box_head.fc1.out_features if can_be_cut else None
 
     def own_hidden(self, recording: RCNNRecording) -> dict[str, Tensor]:
         """(R, C) of the student's sampled proposals."""
@@ -194,13 +232,29 @@ class ROIPart(HeadPart):
         predictor = self.detector.model.roi_heads.box_predictor
         return cross_proposal_losses(predictor, predictions, targets, proposals, temperature)
 
+    def own_logits(self, recording: RCNNRecording) -> Tensor:
+        """Of the sampled proposals, (R, K + 1)."""
+        return recording.predictions.class_logits
+
+    def truth(self, recording: RCNNRecording) -> Tensor:
+        """The class of a proposal, the last is background."""
+        return torch.cat([own.gt_classes for own in recording.proposals])
+
+    @torch.no_grad()
+    def mirrored_logits(
+        self, features: dict[str, Tensor], recording: RCNNRecording, width: int
+    ) -> Tensor:
+        """In the mirror image of every sampled proposal."""
+        mirrored = []
+        for own in recording.proposals:
+            left, top, right, bottom = own.proposal_boxes.tensor.unbind(1)
+            boxes = Boxes(torch.stack([width - right, top, width - left, bottom], dim=1))
+            mirrored.append(Instances(own.image_size, proposal_boxes=boxes))
+        return self.detector.predict(features, mirrored).class_logits
+
 
 def parts_of(detector: RCNN) -> dict[str, HeadPart]:
-    """``rpn``, and ``roi`` if the box head is Detectron2's with a fully connected layer; none if boxes are rotated."""
-    rpn, box_head = detector.model.proposal_generator, detector.model.roi_heads.box_head
-    if len(rpn.box2box_transform.weights) != 4:
+    """``rpn`` and ``roi``; none if boxes are rotated."""
+    if len(detector.model.proposal_generator.box2box_transform.weights) != 4:
         return {}
-    parts: dict[str, HeadPart] = {"rpn": RPNPart(detector)}
-    if isinstance(box_head, FastRCNNConvFCHead) and box_head.fcs:
-        parts["roi"] = ROIPart(detector)
-    return parts
+    return {"rpn": RPNPart(detector), "roi": ROIPart(detector)}

@@ -29,8 +29,7 @@ def predict_anchors_at(
     at those that the student ``sampled``."""
     logits, deltas = (torch.cat(x, dim=1).flatten(0, 1) for x in detector.predict_anchors(features))
     if positions == SAMPLED_POSITIONS:
-        rows = (torch.stack(recording.anchor_labels).flatten() >= 0).nonzero(as_tuple=True)[0]
-        logits, deltas = logits[rows], deltas[rows]
+        logits, deltas = (x[recording.sampled_anchors] for x in (logits, deltas))
     return Predictions(logits, deltas)
 
 
