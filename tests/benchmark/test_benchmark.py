@@ -11,11 +11,21 @@ from detectron2.utils.events import EventStorage
 from era.benchmark import report
 from era.benchmark.cli import choose, main, read_size
 from era.benchmark.measure import Times, measure, reports, resident_growth
-from era.benchmark.rows import ALPHA_1, FLOOR, INFERENCE, PLAIN, TEACHER, Bench, plan, run_name
+from era.benchmark.rows import (
+    ALPHA_1,
+    FLOOR,
+    INFERENCE,
+    PLAIN,
+    TEACHER,
+    Bench,
+    other_methods,
+    plan,
+    run_name,
+)
 from era.config import load_config
 from era.errors import UserError
 from era.modeling.distiller import Distiller
-from era.registry import methods_of
+from era.registry import METHOD_REGISTRY, methods_of
 
 CPU = torch.device("cpu")
 ERA = "ERA"
@@ -229,3 +239,19 @@ def test_the_tool_tells_a_mistake_in_one_sentence():
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: --device is 'tpu'")
     assert "Traceback" not in done.stderr
+
+
+def test_every_other_method_has_a_row_or_a_reason(bench):
+    """One step each; the toy pyramid has no p2, which methods look at by default."""
+    inputs = bench.batch(64, 96, 2)
+    planned = plan(bench, inputs)
+    before = set(planned.makers)
+    other_methods(bench, inputs, planned)
+    names, notes = set(planned.makers) - before, " ".join(planned.notes)
+    assert names | {n for n, _ in METHOD_REGISTRY if f"{n} is left out: " in notes} == {
+        name for name, _ in METHOD_REGISTRY
+    } - {ERA}
+    assert "KD" in names and "PKD is left out: MODEL.PKD.LEVELS is" in notes
+    for row in planned.make(sorted(names)):
+        row.prepare()
+        row.step()

@@ -22,7 +22,17 @@ from detectron2.config import CfgNode
 from era.benchmark import report
 from era.benchmark.grow import grow
 from era.benchmark.measure import measure, profile_rows, progress, reports, resident_growth
-from era.benchmark.rows import COMPILE, FLOOR, INFERENCE, TEACHER, Bench, base_of, plan, run_name
+from era.benchmark.rows import (
+    COMPILE,
+    FLOOR,
+    INFERENCE,
+    TEACHER,
+    Bench,
+    base_of,
+    other_methods,
+    plan,
+    run_name,
+)
 from era.config import load_config, validate_config
 from era.errors import UserError
 from era.registry import is_distiller, methods_of, set_alpha
@@ -41,6 +51,7 @@ examples:
   small and soon:                  %(prog)s --height 320 --width 480 --repeats 3
   some rows (and the floor):       %(prog)s --rows "era" --rows "*all proposals"
   another run's methods:           %(prog)s --config-file my_run.yaml
+  every method, a row each:        %(prog)s --all-methods
   growth with size and batch:      %(prog)s --grow
   where the time goes:             %(prog)s --profile profile.txt
 
@@ -65,6 +76,7 @@ class Options:
     warmup: int
     repeats: int
     threads: int
+    all_methods: bool
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -91,6 +103,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="of torch on the CPU (default: torch's own choice)")
     add("--memory", action="store_true", help="on a CPU, measure peak memory too: growth of the "
         "resident set of a process of its own for every row; slow")  # fmt: skip
+    add("--all-methods", action="store_true", help="also a row of every other method, alone, with the settings "
+        "that the config gives it")  # fmt: skip
     add("--compile", action="store_true", help="also the rows with torch.compile, whose first step takes "
         "minutes; needs a C++ compiler")  # fmt: skip
     add("--grow", action="store_true", help="also tables over image size and batch")
@@ -134,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(cfg, amp_dtype=PRECISIONS[options.precision])
     inputs = bench.batch(options.height, options.width, options.images)
     planned = plan(bench, inputs)
+    if options.all_methods:
+        other_methods(bench, inputs, planned)
     names = choose([n for n in planned.makers if args.compile or COMPILE not in n], args.rows)
     bases = [base_of(name) for name in names]
     names = [n for n in planned.makers if n in names or n in bases]
@@ -214,7 +230,8 @@ def read_options(args: argparse.Namespace) -> Options:
     for name, value in numbers.items():
         if value < least[name]:
             raise UserError(f"--{name} is {value}: expected at least {least[name]}.")
-    return Options(args.config_file, tuple(args.opts), device, args.precision, **numbers)
+    fixed = (args.config_file, tuple(args.opts), device, args.precision)
+    return Options(*fixed, **numbers, all_methods=args.all_methods)
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -287,6 +304,9 @@ def _row_memory_here(options: Options, name: str) -> float:
     def build():
         bench = Bench(cfg, amp_dtype=PRECISIONS[options.precision])
         inputs = bench.batch(options.height, options.width, options.images)
-        return plan(bench, inputs).makers[name]()
+        planned = plan(bench, inputs)
+        if options.all_methods:
+            other_methods(bench, inputs, planned)
+        return planned.makers[name]()
 
     return resident_growth(build)

@@ -16,14 +16,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from era.config import student_config
+from era.config import student_config, validate_config
 from era.engine.trainer import StepTrainer
 from era.errors import UserError
 from era.methods import Method
 from era.modeling.detectors import detector_of
 from era.modeling.distiller import Distiller, check_classes
 from era.modeling.teacher import Teacher, zero_init_residuals
-from era.registry import methods_of, set_alpha
+from era.registry import METHOD_REGISTRY, methods_of, set_alpha
 
 OBJECTS_PER_IMAGE = 8
 PLAIN, TEACHER, FLOOR = "plain student step", "teacher forward", "floor"
@@ -130,14 +130,17 @@ class Bench:
             self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         )
 
-    def methods(self, *, alpha: float = 0.0, **instead: Builder) -> nn.ModuleDict:
+    def methods(
+        self, *, alpha: float = 0.0, cfg: CfgNode | None = None, **instead: Builder
+    ) -> nn.ModuleDict:
         """The config's methods, from the same random numbers at every call.
 
         Args:
             alpha: how far inference leans on the teacher.
+            cfg: another config of the same student and teacher; None for the bench's own.
             instead: by a method's lower-case name, what builds it in another way.
         """
-        cfg = self.cfg.clone()
+        cfg = (cfg or self.cfg).clone()
         if alpha > 0:
             set_alpha(cfg, alpha)
         built = {}
@@ -278,6 +281,28 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
         )
     found.makers.update(bench.inference_rows(inputs[:1]))
     return found
+
+
+def other_methods(bench: Bench, inputs: list[dict], plan: Plan) -> None:
+    """Add a row of every registered method that the config does not name, alone, with the settings that the config gives
+    it; where it does not fit this student and teacher, a note says why."""
+    named = methods_of(bench.cfg)
+    for name, _ in sorted(METHOD_REGISTRY):
+        if name.lower() in named:
+            continue
+        cfg = bench.cfg.clone()
+        cfg.MODEL.DISTILLER.METHODS = (name,)
+        try:
+            validate_config(cfg)
+            bench.methods(cfg=cfg)
+        except UserError as e:
+            plan.notes.append(f"{name} is left out: {e}")
+            continue
+
+        def make(name: str = name, cfg: CfgNode = cfg) -> Row:
+            return bench.distiller_row(name, inputs, bench.methods(cfg=cfg))
+
+        plan.makers[name] = make
 
 
 def run_name(cfg: CfgNode) -> str:
