@@ -25,15 +25,43 @@ def mse(estimate: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ (broadcasting would hide a misaligned feature map).
     """
-    if estimate.shape != target.shape:
-        raise ValueError(
-            f"shapes differ: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}"
-        )
+    check_same_shape(estimate, target)
     estimate, target = at_least_float32(estimate), at_least_float32(target)
     if estimate.numel() == 0:
         return estimate.sum()
     with torch.autocast(estimate.device.type, enabled=False):
         return F.mse_loss(estimate, target)
+
+
+def squared_error(estimate: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """``sum weight (estimate - target)^2``, a sum over channels and positions and a mean over images.
+
+    Args:
+        estimate, target: maps (B, C, H, W). Gradients flow into both: detach what is a target.
+        weight: of the squares, broadcast to the maps.
+
+    Returns:
+        Scalar, at least float32; 0, connected to ``estimate``, for no image.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_same_shape(estimate, target)
+    estimate, target = at_least_float32(estimate), at_least_float32(target)
+    with torch.autocast(estimate.device.type, enabled=False):
+        return (weight * (estimate - target).square()).sum() / max(len(estimate), 1)
+
+
+def check_same_shape(estimate: Tensor, target: Tensor) -> None:
+    """Nothing is broadcast, which would hide a misaligned map.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if estimate.shape != target.shape:
+        raise ValueError(
+            f"shapes differ: estimate {tuple(estimate.shape)}, target {tuple(target.shape)}"
+        )
 
 
 def level_mean(values: Sequence[Tensor]) -> Tensor:
@@ -126,11 +154,7 @@ def logits_to_compare(student_logits: Tensor, teacher_logits: Tensor) -> tuple[T
     Raises:
         ValueError: their shapes differ.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"shapes differ: student {tuple(student_logits.shape)}, "
-            f"teacher {tuple(teacher_logits.shape)}"
-        )
+    check_same_shape(student_logits, teacher_logits)
     return at_least_float32(student_logits), at_least_float32(teacher_logits).detach()
 
 

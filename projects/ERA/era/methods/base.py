@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
+from era.modeling.teacher import Teacher
+
+NORMS = ("BN", "SyncBN", "GN")  # what norm_layer makes
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,94 @@ class Method(nn.Module):
         return None
 
 
+class FeatureMethod(Method):
+    """Base of the methods with one loss, on FPN maps, that needs no ground truth:
+    ``loss_<name>_feature = w L(F_S, F_T)``.
+
+    A subclass adds ``LEVELS`` and ``WEIGHT`` to its ``MODEL.<NAME>``, and says in :meth:`feature_loss` what L is.
+    Whatever it builds it freezes where ``weight`` is 0.
+
+    Args:
+        levels: FPN levels that are compared.
+        weight: w.
+    """
+
+    def __init__(self, *, levels: Sequence[str], weight: float):
+        super().__init__()
+        self.levels = list(levels)
+        self.weight = weight
+
+    @classmethod
+    def keys(cls, cfg: CfgNode) -> tuple[str, CfgNode]:
+        """The name of the method's config node, ``MODEL.<NAME>``, and the node."""
+        name = cls.__name__.upper()
+        return f"MODEL.{name}", cfg.MODEL[name]
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """A weight of at least 0, and levels that are named once."""
+        name, keys = cls.keys(cfg)
+        check_weights({f"{name}.WEIGHT": keys.WEIGHT})
+        check_level_names(keys.LEVELS, f"{name}.LEVELS")
+
+    @classmethod
+    def needs(cls, cfg: CfgNode) -> Needs:
+        """The teacher, and no labels."""
+        return Needs(labels=cls.keys(cfg)[1].WEIGHT == 0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
+        """Read ``LEVELS`` and ``WEIGHT``; beside them ``channels``, of the student's and of the teacher's maps.
+
+        Raises:
+            UserError: a level is missing, or its stride differs.
+        """
+        name, keys = cls.keys(cfg)
+        levels = list(keys.LEVELS)
+        channels = check_levels(student, teacher.detector, levels, f"{name}.LEVELS")
+        return {"levels": levels, "weight": keys.WEIGHT, "channels": channels}
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """``loss_<name>_feature``, unless its weight is 0."""
+        if self.weight == 0:
+            return {}
+        loss = self.feature_loss(step.student.features, step.teacher_features)
+        return {f"loss_{type(self).__name__.lower()}_feature": self.weight * loss}
+
+    def feature_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+        """L, a scalar of at least float32.
+
+        Args:
+            student: all of the student's maps, level name to (B, C_S, H, W), with gradient.
+            teacher: the teacher's, (B, C_T, H, W), without.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is")
+
+
+def align(own: int, other: int) -> nn.Module:
+    """What brings a map of ``own`` channels to ``other``: a 1x1 conv, or nothing where they are equal."""
+    return nn.Identity() if own == other else nn.Conv2d(own, other, 1)
+
+
+def norm_layer(name: str, channels: int, momentum: float = 0.1) -> nn.Module:
+    """A norm over maps of these channels, with gain and shift.
+
+    Args:
+        name: one of :data:`NORMS`; GN has at most 32 groups, of at least 8 channels.
+        momentum: of the running statistics of BN and SyncBN.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "BN":
+        return nn.BatchNorm2d(channels, momentum=momentum)
+    if name == "SyncBN":
+        return nn.SyncBatchNorm(channels, momentum=momentum)
+    if name == "GN":
+        return nn.GroupNorm(math.gcd(32, max(channels // 8, 1), channels), channels)
+    raise ValueError(f"norm is {name!r}: expected one of {', '.join(NORMS)}")
+
+
 def check_weights(weights: dict[str, float]) -> None:
     """Loss weights, by config key, are finite and at least 0.
 
@@ -195,6 +287,21 @@ def check_class_logits(student: Detector, teacher: Detector, reason: str) -> Non
             f"{reason} needs the teacher's heads on the student's samples, and they read {unfit}, which the student's "
             "backbone lacks or has at another stride: name a teacher with the student's FPN levels, or switch that off."
         )
+
+
+def check_level_names(levels: Sequence[str], key: str) -> None:
+    """There is a level, and none is named twice.
+
+    Args:
+        key: the config key that names the levels, for messages.
+
+    Raises:
+        UserError: says what is wrong.
+    """
+    if not levels:
+        raise UserError(f"{key} is empty: expected FPN levels such as ['p2', 'p3'].")
+    if len(set(levels)) < len(levels):
+        raise UserError(f"{key} is {list(levels)}, with a level twice: name each of them once.")
 
 
 def check_levels(

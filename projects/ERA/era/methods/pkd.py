@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from detectron2.config import CfgNode, configurable
-from torch import Tensor, nn
+from torch import Tensor
 
-from era.errors import UserError
 from era.losses import mse, standardised
-from era.methods.base import Method, Needs, check_levels, check_weights
-from era.modeling.detectors import Detector
-from era.modeling.step import Step
-from era.modeling.teacher import Teacher
+from era.methods.base import FeatureMethod, align
 from era.registry import METHOD_REGISTRY
 
 
@@ -39,7 +35,7 @@ def pkd_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @METHOD_REGISTRY.register()
-class PKD(Method):
+class PKD(FeatureMethod):
     """``loss_pkd_feature = w sum_l pkd_loss(A(F_S^l), F_T^l)``.
 
     Args:
@@ -61,42 +57,11 @@ class PKD(Method):
         cfg.MODEL.PKD.LEVELS = ["p2", "p3", "p4", "p5"]
         cfg.MODEL.PKD.WEIGHT = 6.0  # w, mmrazor's for Faster R-CNN; 0 switches the loss off
 
-    @classmethod
-    def check_config(cls, cfg: CfgNode) -> None:
-        """A weight of at least 0, and at least one level."""
-        check_weights({"MODEL.PKD.WEIGHT": cfg.MODEL.PKD.WEIGHT})
-        if not cfg.MODEL.PKD.LEVELS:
-            raise UserError("MODEL.PKD.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
-
-    @classmethod
-    def needs(cls, cfg: CfgNode) -> Needs:
-        """The teacher, and no labels."""
-        return Needs(labels=cfg.MODEL.PKD.WEIGHT == 0)
-
     @configurable
     def __init__(self, *, levels: list[str], weight: float, channels: tuple[int, int]):
-        super().__init__()
-        self.levels = list(levels)
-        self.weight = weight
-        own, other = channels
-        self.adapter = nn.Identity() if own == other else nn.Conv2d(own, other, 1)
-        self.adapter.requires_grad_(weight > 0)
+        super().__init__(levels=levels, weight=weight)
+        self.adapter = align(*channels).requires_grad_(weight > 0)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
-        """Read ``MODEL.PKD``.
-
-        Raises:
-            UserError: a level is missing, or its stride differs.
-        """
-        levels = list(cfg.MODEL.PKD.LEVELS)
-        channels = check_levels(student, teacher.detector, levels, "MODEL.PKD.LEVELS")
-        return {"levels": levels, "weight": cfg.MODEL.PKD.WEIGHT, "channels": channels}
-
-    def losses(self, step: Step) -> dict[str, Tensor]:
-        """``loss_pkd_feature``, unless its weight is 0."""
-        if self.weight == 0:
-            return {}
-        own, other = step.student.features, step.teacher_features
-        total = sum(pkd_loss(self.adapter(own[level]), other[level]) for level in self.levels)
-        return {"loss_pkd_feature": self.weight * total}
+    def feature_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+        """See :func:`pkd_loss`; summed over levels."""
+        return sum(pkd_loss(self.adapter(student[level]), teacher[level]) for level in self.levels)

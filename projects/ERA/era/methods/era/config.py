@@ -9,7 +9,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from era.errors import UserError
-from era.methods.base import check_temperature, check_weights
+from era.methods.base import check_level_names, check_temperature, check_weights
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")
@@ -207,5 +207,4 @@ def check_config(cfg: CfgNode) -> None:
             f"{era.HIDDEN_CHANNELS}: expected at least 1 block and at least 0 channels."
         )
     check_temperature("MODEL.ERA.KD_TEMPERATURE", era.KD_TEMPERATURE)
-    if not era.LEVELS:
-        raise UserError("MODEL.ERA.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
+    check_level_names(era.LEVELS, "MODEL.ERA.LEVELS")

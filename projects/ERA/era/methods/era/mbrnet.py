@@ -1,4 +1,4 @@
-"""The Multi-Branched Residual Network (MBRNet) on FPN features; torch alone.
+"""The Multi-Branched Residual Network (MBRNet) on FPN features.
 
 The student's map ``F_S`` is brought to the teacher's ``F_T`` in N + 1 steps: ``e_0 = A(F_S)`` and
 ``e_i = e_{i-1} + d_i`` with ``d_i = U_i(B_i(x_i))``. The official code does this on pooled vectors with
@@ -7,11 +7,12 @@ linear layers (``GAP_net_multi_parallel.py``); here the layers are convolutions,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from era.methods.base import norm_layer
 
 # Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
 # scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:
@@ -31,8 +32,7 @@ def conv_norm(
     """A conv of stride 1 that keeps height and width, then its norm.
 
     Args:
-        norm: ``none``, ``BN``, ``SyncBN`` or ``GN`` (at most 32 groups, of at least 8
-            channels).
+        norm: ``none`` or a name of :func:`norm_layer`.
         momentum: of BN and SyncBN.
         bias: whether a conv without norm has one.
 
@@ -52,15 +52,7 @@ def conv_norm(
         nn.init.normal_(conv.weight, std=INIT_STD)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    if norm == "none":
-        return [conv]
-    if norm == "BN":
-        return [conv, nn.BatchNorm2d(out_channels, momentum=momentum)]
-    if norm == "SyncBN":
-        return [conv, nn.SyncBatchNorm(out_channels, momentum=momentum)]
-    if norm == "GN":
-        return [conv, nn.GroupNorm(math.gcd(32, max(out_channels // 8, 1)), out_channels)]
-    raise ValueError(f"norm is {norm!r}: expected none, BN, SyncBN or GN")
+    return [conv] if norm == "none" else [conv, norm_layer(norm, out_channels, momentum)]
 
 
 class Branch(nn.Sequential):
