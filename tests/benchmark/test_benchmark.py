@@ -107,6 +107,15 @@ def test_json_says_where_it_comes_from(result):
     assert found["machine"]["torch"] == torch.__version__.split("+")[0]
 
 
+def test_a_method_whose_name_is_not_in_capitals(tmp_path):
+    name = ["MODEL.DISTILLER.METHODS", "['Mimic']", "MODEL.MIMIC.LEVELS", "['p3', 'p4', 'p5']"]
+    file = tmp_path / "r.json"
+    main([*SHORT, "--rows", "mimic", "--json", str(file), *OPTS, *name])
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["settings"]["methods"]["Mimic"]["WEIGHT"] == 1.0
+    assert [row["name"] for row in found["rows"]] == [FLOOR, "Mimic"]
+
+
 def test_growth(result):
     found, _, _ = result
     assert [row["name"] for row in found["grow"]["sizes"]] == [PLAIN, FLOOR, ERA] * 2

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         **asdict(options),
         "command": shlex.join(["tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-        "methods": {name: dict(cfg.MODEL[name]) for name in cfg.MODEL.DISTILLER.METHODS},
+        "methods": {name: dict(cfg.MODEL[name.upper()]) for name in cfg.MODEL.DISTILLER.METHODS},
     }
     result = {
         "schema": 2,
