@@ -9,7 +9,7 @@ from detectron2.utils.events import EventStorage
 from era.errors import UserError
 from era.modeling.step import Step
 from era.modeling.teacher_cache.cache import PICTURE_KEY
-from era.modeling.views import FLIP, VIEWS, changed, check_view, mirrored
+from era.modeling.views import FLIP, SAME_GEOMETRY, VIEWS, changed, check_view, mirrored
 
 MEAN = [100.0, 110.0, 120.0]
 
@@ -89,7 +89,18 @@ def test_flipping_twice_is_the_picture_and_mirrored_rows_say_what_a_flipped_batc
     torch.testing.assert_close(view.teacher_predictions, expected)
 
 
+def test_no_gpu_is_seeded(monkeypatch):
+    """Only the CPU's state is put back afterwards, and on a GPU Detectron2 samples by the GPU's."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with EventStorage(0):
+        changed(batch(), "strong", MEAN)
+    assert seeded == []
+
+
 def test_an_unknown_view_is_one_sentence():
     check_view("strong", "MODEL.X.VIEW")
     with pytest.raises(UserError, match=r"MODEL\.X\.VIEW is 'weak': expected one of photometric"):
         check_view("weak", "MODEL.X.VIEW")
+    with pytest.raises(UserError, match=r"is 'flip': expected one of photometric, cutout, strong;"):
+        check_view(FLIP, "MODEL.X.VIEW", SAME_GEOMETRY)

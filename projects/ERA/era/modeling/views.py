@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # Photometric views and cutout leave every object where it is; flip mirrors each picture, and its boxes with it.
 PHOTOMETRIC, CUTOUT, STRONG, FLIP = "photometric", "cutout", "strong", "flip"
-VIEWS = (PHOTOMETRIC, CUTOUT, STRONG, FLIP)
+SAME_GEOMETRY = (PHOTOMETRIC, CUTOUT, STRONG)
+VIEWS = (*SAME_GEOMETRY, FLIP)
 # Half as bright to half as bright again, and the like: RandAugment's middle for what moves nothing.
 JITTER = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
 BLUR_SIGMA = (0.1, 2.0)  # pixels
@@ -84,17 +85,18 @@ class View:
         return [mirrored(own) for own in instances] if self.name == FLIP else instances
 
 
-def check_view(name: str, key: str) -> None:
-    """A view that there is.
+def check_view(name: str, key: str, views: Sequence[str] = VIEWS) -> None:
+    """A view that there is, and that serves.
 
     Args:
         key: the config key that names it, for the message.
+        views: those that serve.
 
     Raises:
-        UserError: there is no such view.
+        UserError: it is none of them.
     """
-    if name not in VIEWS:
-        raise UserError(f"{key} is {name!r}: expected one of {', '.join(VIEWS)}; name one of them.")
+    if name not in views:
+        raise UserError(f"{key} is {name!r}: expected one of {', '.join(views)}; name one of them.")
 
 
 def changed(inputs: Sequence[dict], name: str, mean: Sequence[float]) -> list[dict]:
@@ -107,7 +109,7 @@ def changed(inputs: Sequence[dict], name: str, mean: Sequence[float]) -> list[di
         mean: value of each channel in a cut-out rectangle.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(name))
+        torch.default_generator.manual_seed(_seed(name))  # torch.manual_seed would seed GPUs too
         return [
             {**item, "image": _change(item["image"], name, mean), PICTURE_KEY: None, UNKEYED_BY: f"the view {name}"}
             for item in inputs
