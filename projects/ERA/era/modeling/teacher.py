@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -120,6 +121,12 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode, whatever is asked for."""
         return super().train(False)
+
+    def copy(self) -> Teacher:
+        """Another teacher, with copies of this one's weights, for a method that changes them; it has no cache."""
+        found = copy.copy(self)
+        found.cache, found._sha256 = None, None
+        return copy.deepcopy(found)
 
     @property
     def sha256(self) -> str:
