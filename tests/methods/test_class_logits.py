@@ -147,7 +147,7 @@ def test_the_teacher_is_a_constant_and_shapes_must_agree(name):
     classes = torch.randint(0, 9, (6,))
     sum(TERMS[name](own, other, classes, 1.0)).backward()
     assert other.grad is None
-    with pytest.raises(ValueError, match=r"shapes differ: student \(6, 9\), teacher \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"shapes differ: estimate \(6, 9\), target \(6, 8\)"):
         TERMS[name](own, other[:, :8], classes, 1.0)
 
 
