@@ -46,17 +46,17 @@ def enliven(model, seed: int) -> None:
 
 
 @functools.cache
-def run() -> Path:
-    """OUTPUT_DIR of a distilled run with its teacher beside it."""
+def run(config: str = "era") -> Path:
+    """OUTPUT_DIR of a distilled run of a toy config with its teacher beside it."""
     torch.manual_seed(0)
     configs = ROOT / "configs/toy"
-    folder = FOLDER / "run"
-    folder.mkdir()
+    folder = FOLDER / "runs" / config
+    folder.mkdir(parents=True)
     teacher = build_model(load_config(str(configs / "teacher.yaml"), SMALL))
     enliven(teacher, 1)
     torch.save({"model": teacher.state_dict()}, FOLDER / "teacher.pth")
     cfg = load_config(
-        str(configs / "era.yaml"),
+        str(configs / f"{config}.yaml"),
         [*SMALL, "MODEL.TEACHER.CONFIG_FILE", str(configs / "teacher.yaml"),
          "MODEL.TEACHER.OPTS", SMALL, "MODEL.TEACHER.WEIGHTS", str(FOLDER / "teacher.pth")],
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from deploy_case import FOLDER, ROOT, SMALL, exported, needs, run, source
+from deploy_case import FOLDER, ROOT, SMALL, exported, needs, quiet_source, run, source
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.export import TracingAdapter
@@ -82,6 +82,14 @@ def test_alpha_1_is_the_blended_detector_without_the_teachers_backbone():
     parts += (teacher.proposal_generator, teacher.roi_heads)
     count = sum(p.numel() for part in parts for p in part.parameters())
     assert sum(p.numel() for p in deployed.model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", [needs("onnx")])
+def test_alpha_1_of_another_method_exports_too(name, tmp_path):
+    """A backbone of two networks, with BatchNorm in the second one."""
+    assisted = quiet_source(run("methods/residualkd"), alpha=1)
+    report = export(assisted, name, str(tmp_path / "folder"))
+    assert max(case.box_difference for case in report.cases) < 0.005
 
 
 def test_parity_matches_by_box_and_forgives_only_edges():

@@ -341,3 +341,22 @@ def check_levels(
                 "with the same strides or leave the level out."
             )
     return shapes["student"][levels[0]].channels, shapes["teacher"][levels[0]].channels
+
+
+def check_heads_on(
+    student: Detector, teacher: Detector, levels: list[str], key: str, reason: str
+) -> None:
+    """The teacher's heads can read estimates of its maps at these levels, by the student's samples.
+
+    Args:
+        key, reason: the config key that names the levels and what needs the heads, for messages.
+
+    Raises:
+        UserError: says what does not fit.
+    """
+    teacher.check_judge(student, reason)
+    missing = sorted(teacher.head_levels - set(levels))
+    if missing:
+        raise UserError(
+            f"{key} is {levels}: the teacher's heads also read {missing}, and {reason} needs them; add them."
+        )

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import kd_loss
-from era.methods.base import Method, Needs, check_class_logits, check_levels
+from era.methods.base import Method, Needs, check_class_logits, check_heads_on, check_levels
 from era.methods.era import benchmark, config
 from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS
 from era.methods.era.fast import ALL_ON, FastTerms, Levers
-from era.methods.era.inference import EstimatingBackbone
+from era.methods.era.inference import ExpandedBackbone
 from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.standardise import TeacherDeviation, emphasis
@@ -178,15 +178,8 @@ class ERA(Method):
             )
         judged = any(w > 0 for name, w in weights.items() if name.startswith(("twi_", "soft_")))
         if judged or era.ALPHA > 0:
-            judge.check_judge(
-                student, "ERA with TWI or alpha above 0 (MODEL.ERA.TWI, MODEL.ERA.ALPHA)"
-            )
-            missing = sorted(judge.head_levels - set(levels))
-            if missing:
-                raise UserError(
-                    f"MODEL.ERA.LEVELS is {levels}: the teacher's heads also read {missing}, so TWI and alpha "
-                    "above 0 need them; add them."
-                )
+            reason = "ERA with TWI or alpha above 0 (MODEL.ERA.TWI, MODEL.ERA.ALPHA)"
+            check_heads_on(student, judge, levels, "MODEL.ERA.LEVELS", reason)
         if era.KD_WEIGHT > 0:
             check_class_logits(student, judge, "ERA with MODEL.ERA.KD_WEIGHT above 0")
         if 0 < era.ALPHA < 1:
@@ -350,7 +343,9 @@ class ERA(Method):
         """At alpha 0 None (the plain student); above, student and teacher's heads on ``e_N`` blended."""
         if self.alpha == 0:
             return None
-        return student.blended(self.teacher.detector, self.estimator.final, self.alpha)
+        return student.blended(
+            self.teacher.detector, lambda features, _: self.estimator.final(features), self.alpha
+        )
 
     def deployable(self, student: Detector) -> nn.Module | None:
         """At alpha 1 the student's backbone with adapter and MBRNet under copies of the teacher's heads."""
@@ -358,5 +353,5 @@ class ERA(Method):
             return None
         judge = self.teacher.detector
         channels = judge.feature_shapes[self.estimator.levels[0]].channels
-        backbone = EstimatingBackbone(student.model.backbone, self.estimator, channels)
+        backbone = ExpandedBackbone(student.model.backbone, self.estimator, channels)
         return student.with_heads_of(judge, backbone)

@@ -362,13 +362,14 @@ class Detector(ABC):
 
     @abstractmethod
     def blended(
-        self, teacher: Detector, estimate: Callable[[dict], dict], alpha: float
+        self, teacher: Detector, estimate: Callable[[dict, Tensor], dict], alpha: float
     ) -> Callable[..., list]:
         """A detector that predicts ``(1 - alpha) * own heads + alpha * teacher's heads``.
 
         Args:
             teacher: of the same family, :meth:`check_judge` passed; below alpha 1 with equal coders.
-            estimate: from this model's feature maps to those that the teacher's heads are to see.
+            estimate: from this model's feature maps, and the batch (B, 3, height, width) that they were computed from, to
+                the maps that the teacher's heads are to see.
             alpha: above 0, at most 1.
 
         Returns:

@@ -379,7 +379,7 @@ class RCNN(Detector):
         self.model.roi_heads.box_predictor.test_score_thresh = value
 
     def blended(
-        self, teacher: RCNN, estimate: Callable[[dict], dict], alpha: float
+        self, teacher: RCNN, estimate: Callable[[dict, Tensor], dict], alpha: float
     ) -> Callable[..., list]:
         """RPN outputs are blended before proposals are chosen, ROI outputs before detections are."""
         return BlendedRCNN(self, teacher, estimate, alpha)

@@ -29,12 +29,16 @@ class BlendedRCNN:
     Args:
         student: provides backbone, its own heads, anchors and test settings.
         teacher: only its RPN and ROI box heads are used.
-        estimate: from the student's feature maps to those that the teacher's heads see.
+        estimate: from the student's feature maps and preprocessed batch to the maps that the teacher's heads see.
         alpha: above 0, at most 1.
     """
 
     def __init__(
-        self, student: RCNN, teacher: RCNN, estimate: Callable[[dict], dict], alpha: float
+        self,
+        student: RCNN,
+        teacher: RCNN,
+        estimate: Callable[[dict, Tensor], dict],
+        alpha: float,
     ):
         self.student = student
         self.estimate = estimate
@@ -47,7 +51,7 @@ class BlendedRCNN:
         student = self.student.model
         images = student.preprocess_image(batched_inputs)
         features = student.backbone(images.tensor)
-        inputs = {True: self.estimate(features), False: features}
+        inputs = {True: self.estimate(features, images.tensor), False: features}
         proposals = self._proposals(images, features, inputs)
         results = self._detections(inputs, proposals)
         results = student.roi_heads.forward_with_given_boxes(features, results)
