@@ -143,6 +143,28 @@ def group_divergences(
     return temperature**2 * between, temperature**2 * within
 
 
+def class_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy of class logits (R, C) against the classes of the rows, (R,); the mean over rows, at least float32; 0,
+    connected to the graph, for no row."""
+    return mean_of_rows(F.cross_entropy(at_least_float32(logits), classes, reduction="none"))
+
+
+def divergence(logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
+    """``tau^2 KL(target || own)`` of distributions, summed over a row, mean over rows; gradients flow into BOTH.
+
+    Args:
+        logits, target_logits: (R, C), rows aligned.
+        temperature: tau > 0.
+
+    Returns:
+        Scalar >= 0, at least float32; 0, connected to both, for no row.
+    """
+    own, target = (
+        (at_least_float32(x) / temperature).log_softmax(1) for x in (logits, target_logits)
+    )
+    return temperature**2 * mean_of_rows((target.exp() * (target - own)).sum(1))
+
+
 def mean_of_rows(values: Tensor) -> Tensor:
     """Mean over the first dimension; 0, connected to the graph, of no row."""
     return values.sum(0) / max(len(values), 1)

@@ -15,11 +15,12 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.modeling.detectors.further_heads import FurtherHeads
 from era.modeling.detectors.parts import HeadPart
 from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, Recording, TaskLoss
 
 
-class Detector(ABC):
+class Detector(FurtherHeads, ABC):
     """A stock Detectron2 model seen as a detector of one family.
 
     Not a module and without state of its own: it uses the model that it is given. A family is one file of

@@ -19,6 +19,7 @@ from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.proposals import ProposalSample
+from era.modeling.detectors.rcnn_heads import RCNNFurtherHeads, keypoints_recorded
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
     RCNNRecording,
@@ -37,7 +38,7 @@ from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, TaskLos
 
 
 @DETECTOR_FAMILIES.register()
-class RCNN(Detector):
+class RCNN(RCNNFurtherHeads, Detector):
     """``GeneralizedRCNN`` with an FPN, an RPN and ``StandardROIHeads``; masks and keypoints may be there."""
 
     meta_architecture = "GeneralizedRCNN"
@@ -172,7 +173,8 @@ class RCNN(Detector):
             handles.append(layer.register_forward_hook(on_first_layer))
         rpn.label_and_sample_anchors = label_and_keep
         try:
-            yield recording
+            with keypoints_recorded(self, recording):
+                yield recording
         finally:
             del rpn.label_and_sample_anchors
             for handle in handles:

@@ -47,6 +47,21 @@ class TaskLoss:
 
 
 @dataclass
+class KeypointSamples:
+    """What a keypoint head was given in a training step, and what it said.
+
+    Attributes:
+        features: pooled at N objects, (N, C, P, P), with gradient.
+        proposals: those objects with ``gt_keypoints``, one an image.
+        heatmaps: logits of J joints, (N, J, S, S), with gradient.
+    """
+
+    features: Tensor
+    proposals: list[Instances]
+    heatmaps: Tensor = None
+
+
+@dataclass
 class Recording:
     """What a training step of the student produced on its way to the losses; families add to it.
 
@@ -59,6 +74,7 @@ class Recording:
         predictions: of the student's heads on its samples, with gradient.
         vectors: what a head makes of each sample before its last layers, (R, D), with gradient, where
             :attr:`Detector.vector_channels` says that there is such a vector.
+        keypoints: of the keypoint head; None if there is none, or it did not run (:meth:`Detector.boxes_alone`).
     """
 
     images: ImageList = None
@@ -67,6 +83,7 @@ class Recording:
     stages: dict[str, Tensor] = field(default_factory=dict)
     predictions: Predictions = None
     vectors: Tensor = None
+    keypoints: KeypointSamples = None
 
     @property
     def samples(self) -> object:
