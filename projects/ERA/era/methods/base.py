@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from era.errors import UserError
@@ -360,3 +362,11 @@ def check_heads_on(
         raise UserError(
             f"{key} is {levels}: the teacher's heads also read {missing}, and {reason} needs them; add them."
         )
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of what every process has, in place; with one process nothing."""
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values /= comm.get_world_size()
+    return values

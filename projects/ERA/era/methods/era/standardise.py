@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from era.losses import at_least_float32
+from era.methods.base import mean_over_processes
 
 MOMENTUM = 0.01  # weight of the newest batch after the first 1 / MOMENTUM of them
 # A channel's variance counts as at least this part of the mean variance, over all channels and levels: an
@@ -80,11 +80,3 @@ def emphasis(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     means = mean_over_processes(means).clamp(min=torch.finfo(means.dtype).tiny)
     pairs = zip(weights.items(), means.unbind(), strict=True)
     return {level: (w / mean).sqrt() for (level, w), mean in pairs}
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of what every process has, in place; with one process nothing."""
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(values)
-        values /= comm.get_world_size()
-    return values
