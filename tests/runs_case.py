@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from era.runs.plan import Run
+from era.runs.plan import FINAL, Run
 
 PASS = (sys.executable, "-c", "pass")
 SLOW = (sys.executable, "-c", "import time; time.sleep(60)")
@@ -52,3 +52,8 @@ def metrics_lines(ap: float, *, iterations: int = 100, seconds: float = 0.1) -> 
 def training(folder: Path, ap: float, **options) -> tuple[str, ...]:
     """The command of a process that leaves what a training leaves."""
     return (sys.executable, "-S", "-c", TRAIN, str(folder), metrics_lines(ap, **options))
+
+
+def part(folder: Path) -> tuple[str, ...]:
+    """The command of a process that leaves what the training of a part leaves: no student, and no AP."""
+    return (sys.executable, "-S", "-c", "import sys; open(sys.argv[1], 'w')", str(folder / FINAL))

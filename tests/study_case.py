@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from builders import REPO
-from runs_case import FAIL, training
+from runs_case import FAIL, part, training
 
 from era.data import toy
 from era.runs import execute as execution
@@ -74,7 +74,8 @@ class Checkout:
     def start(self, run, threads, gpus):
         self.started[run.name], self.lent[run.name] = run, gpus
         ap = self.ap[run.variant] + (run.seed or 0)
-        command = FAIL if run.name in self.failing else training(run.folder, ap)
+        command = part(run.folder) if run.is_part else training(run.folder, ap)
+        command = FAIL if run.name in self.failing else command
         object.__setattr__(run, "command", command)
         return start_process(run, threads, gpus)
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from era.engine.trainer import STUDENT_FOLDER
 from era.errors import UserError
-from era.runs.plan import Run
+from era.runs.plan import FINAL, Run
 
 MARKER = ".era-runs"  # lies in every folder that was made for the runs of a plan
 STAMP = "finished.json"  # lies in every run's folder once that run is complete
@@ -83,7 +83,8 @@ def is_finished(run: Run, identity: str, folder_of: Mapping[str, Path]) -> bool:
         folder_of: folders by name of run.
     """
     stamp = read_stamp(run.folder)
-    has_model = run.iterations == 0 or (run.folder / STUDENT_FOLDER / "model_final.pth").is_file()
+    models = run.folder if run.is_part else run.folder / STUDENT_FOLDER  # a part leaves no student
+    has_model = run.iterations == 0 or (models / FINAL).is_file()
     if (
         not has_model
         or stamp.get("identity") != identity
