@@ -182,3 +182,12 @@ def test_a_part_is_trained_once_for_those_that_need_it_and_has_no_row(checkouts,
     assert "3 of 3 results" in capsys.readouterr().out
     (there.results / "chained_seed1.json").unlink()
     assert there.study() == 0 and list(there.started) == ["teacher", "head", "chained_seed1"]
+
+
+def test_a_part_can_be_asked_for_by_itself(checkouts):
+    here, _ = checkouts
+    here.ap = {"teacher": 50.0, "head": 0.0}
+    here.write(CHAIN)
+    assert here.study("--variants", "head") == 0 and list(here.started) == ["teacher", "head"]
+    assert {p.stem for p in here.results.iterdir()} == {"teacher"}
+    assert here.study("--variants", "head") == 0 and list(here.started) == []

@@ -146,6 +146,8 @@ def run_all(
     known |= {run.name: run.iterations for run in runs if run.is_part and run.name in needed}
 
     def keep(state: State) -> None:
+        if state.run.is_part:  # asked for by itself: it leaves no AP
+            return
         result = make_result(
             state.run,
             state.identity,
