@@ -5,6 +5,7 @@ from builders import REPO
 from detectron2.modeling import build_model
 
 from era.config import load_config, student_config, validate_config
+from era.registry import forget_parts
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 # Narrow the COCO models: their depth and names stay, their weights shrink to what a test can hold.
@@ -30,6 +31,7 @@ def test_every_config_builds_its_model(path, monkeypatch):
         cfg.MODEL.TEACHER.OPTS = NARROW
     cfg.MODEL.TEACHER.WEIGHTS = ""
     cfg.MODEL.TEACHER.ALLOW_RANDOM = True
+    forget_parts(cfg)
     validate_config(cfg)
     model = build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE

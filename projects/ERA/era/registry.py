@@ -72,3 +72,14 @@ def set_alpha(cfg: CfgNode, alpha: float) -> None:
         )
     for key in keys:
         cfg.merge_from_list([key, float(alpha)])
+
+
+def forget_parts(cfg: CfgNode) -> None:
+    """Name no checkpoint of a part that a method of the run trains first: beside a random teacher it is random too.
+
+    Args:
+        cfg: not frozen; changed in place.
+    """
+    for method in methods_of(cfg).values():
+        if method.part_key:
+            cfg.merge_from_list([method.part_key, ""])

@@ -35,7 +35,7 @@ from era.benchmark.rows import (
 )
 from era.config import load_config, validate_config
 from era.errors import UserError
-from era.registry import is_distiller, methods_of, set_alpha
+from era.registry import forget_parts, is_distiller, methods_of, set_alpha
 
 DESCRIPTION = """\
 What a distillation step costs, beside the floor of any distillation: one plain student step and one
@@ -199,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet() -> None:
     """Leave out what is known and meant: random weights, and torch's word about Detectron2's code."""
-    logging.getLogger("era.modeling.teacher").setLevel(logging.ERROR)
+    for name in ("era.modeling.teacher", "era.methods.base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="torch.meshgrid|Warning: Profiler clears events")
 
 
@@ -262,6 +263,7 @@ def prepare_config(options: Options) -> CfgNode:
     cfg.MODEL.DEVICE = options.device
     cfg.MODEL.WEIGHTS = cfg.MODEL.TEACHER.WEIGHTS = ""
     cfg.MODEL.TEACHER.ALLOW_RANDOM = True
+    forget_parts(cfg)
     if any(method.alpha_key for method in methods_of(cfg).values()):
         set_alpha(cfg, 0.0)
     cfg.SOLVER.BASE_LR = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from era.checkpoint.part import load_part
 from era.errors import UserError
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
 
 NORMS = ("BN", "SyncBN", "GN")  # what norm_layer makes
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Method(nn.Module):
         charts: further charts of what the method logs.
         neutral: keys that came later, by full name, with the value that computes what was computed without them: at it
             they are no part of what a run's result follows from, so kept results stay good when a key comes or goes.
+        part_key: the config key that names the checkpoint of the run that trained a part of the method first, see
+            :meth:`prepares`; None if there is no such part, or the method also does without.
         alpha_key: the config key, 0 to 1, that says how far inference leans on the teacher; None if the
             trained student alone detects.
     """
@@ -89,6 +94,7 @@ class Method(nn.Module):
     loss_labels: ClassVar[dict[str, str]] = {}
     charts: ClassVar[tuple[Chart, ...]] = ()
     neutral: ClassVar[Mapping[str, Any]] = {}
+    part_key: ClassVar[str | None] = None
     alpha_key: ClassVar[str | None] = None
 
     @classmethod
@@ -278,6 +284,18 @@ def check_class_logits(student: Detector, teacher: Detector, reason: str) -> Non
         UserError: the teacher's heads cannot predict there, or a model has no softmax over its classes.
     """
     teacher.check_class_distributions(student, reason)
+    check_head_levels(student, teacher, reason)
+
+
+def check_head_levels(student: Detector, teacher: Detector, reason: str) -> None:
+    """The teacher's heads can read its own maps where the student has its samples.
+
+    Args:
+        reason: what needs it, for the message.
+
+    Raises:
+        UserError: names the levels that the student lacks or has at another stride.
+    """
     own, other = student.feature_shapes, teacher.feature_shapes
     unfit = sorted(
         level
@@ -304,6 +322,54 @@ def check_level_names(levels: Sequence[str], key: str) -> None:
         raise UserError(f"{key} is empty: expected FPN levels such as ['p2', 'p3'].")
     if len(set(levels)) < len(levels):
         raise UserError(f"{key} is {list(levels)}, with a level twice: name each of them once.")
+
+
+def check_vectors(who: str, detector: Detector, reason: str) -> None:
+    """A detector makes a vector of each sample, :attr:`Detector.vector_channels`.
+
+    Args:
+        who: ``student`` or ``teacher``, for the message.
+        reason: what needs it, for the message.
+
+    Raises:
+        UserError: it does not.
+    """
+    if detector.vector_channels is None:
+        raise UserError(
+            f"{reason}, and the {who} is a {type(detector).__name__} that makes no vector of a proposal: expected a box "
+            "head that ends in fully connected layers (MODEL.ROI_BOX_HEAD.NUM_FC above 0); choose such a model, or "
+            "switch that off."
+        )
+
+
+def check_stage(key: str, value: str, stages: Sequence[str]) -> None:
+    """The stage of a method that first trains a part of its own is one that there is.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in stages:
+        raise UserError(
+            f"{key} is {value!r}: expected one of {', '.join(stages)}; name one of them."
+        )
+
+
+def load_frozen_part(
+    module: nn.Module, path: str, prefix: str, *, what: str, teacher: Teacher
+) -> None:
+    """Fill a part that an earlier run trained, :func:`~era.checkpoint.part.load_part`, and freeze it.
+
+    Where the teacher has random weights (``MODEL.TEACHER.ALLOW_RANDOM``, as in benchmarks), a part that is not named
+    has too, with a warning.
+
+    Raises:
+        UserError: see there.
+    """
+    if path or teacher.source["weights"]:
+        load_part(module, path, prefix, what=what, teacher=teacher.sha256)
+    else:
+        logger.warning("Like the teacher, what %s would name has RANDOM weights.", what)
+    module.requires_grad_(False)
 
 
 def check_levels(

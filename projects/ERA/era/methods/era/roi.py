@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.methods.base import check_vectors
 from era.methods.era.config import ROI_WEIGHTS
 from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
@@ -151,12 +152,7 @@ def from_config(cfg: CfgNode, student: Detector, teacher: Detector) -> RoiTerms 
     if not terms:
         return None
     for who, detector in (("student", student), ("teacher", teacher)):
-        if detector.vector_channels is None:
-            raise UserError(
-                f"MODEL.ERA.ROI has weights above 0, and the {who} is a {type(detector).__name__} that makes no vector of "
-                "a proposal: expected a box head that ends in fully connected layers (MODEL.ROI_BOX_HEAD.NUM_FC above "
-                "0); choose such a model, or set the weights to 0."
-            )
+        check_vectors(who, detector, "MODEL.ERA.ROI has weights above 0")
     missing = sorted(teacher.head_levels - student.feature_shapes.keys())
     if missing:
         raise UserError(
