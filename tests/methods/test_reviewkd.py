@@ -8,8 +8,8 @@ from numpy_maps import batch_norm, conv, pooled
 from torch import nn
 
 from era.errors import UserError
-from era.methods.base import norm_layer
 from era.methods.reviewkd import ABF, ReviewKD, hcl_loss
+from era.methods.shared import norm_layer
 
 OPTS = ["MODEL.DISTILLER.METHODS", "('ReviewKD',)", "MODEL.REVIEWKD.LEVELS", "['p3', 'p4', 'p5']"]
 

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from era.errors import UserError
-from era.methods.base import check_levels
+from era.methods.checks import check_levels
 
 TERMS = {
     "loss_era_feature": "MODEL.ERA.FEATURE_WEIGHT",

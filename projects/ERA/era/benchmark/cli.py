@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet() -> None:
     """Leave out what is known and meant: random weights, and torch's word about Detectron2's code."""
-    for name in ("era.modeling.teacher", "era.methods.base"):
+    for name in ("era.modeling.teacher", "era.methods.shared"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="torch.meshgrid|Warning: Profiler clears events")
 

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from era.errors import UserError
 from era.losses import logits_to_compare
-from era.methods.base import Method, Needs, check_class_logits, check_temperature, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_class_logits, check_temperature, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32, channel_moments, standardised
-from era.methods.base import Method, Needs, check_levels, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_levels, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

@@ -12,7 +12,8 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from era.losses import check_same_shape, kd_loss
-from era.methods.base import FeatureMethod, align, check_temperature
+from era.methods.checks import check_temperature
+from era.methods.feature_method import FeatureMethod, align
 from era.modeling.detectors import Detector
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY

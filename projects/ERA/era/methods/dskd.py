@@ -23,15 +23,9 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32, class_loss, kd_loss, mse
-from era.methods.base import (
-    Chart,
-    Method,
-    Needs,
-    check_class_logits,
-    check_temperature,
-    check_weights,
-    mean_over_processes,
-)
+from era.methods.base import Chart, Method, Needs
+from era.methods.checks import check_class_logits, check_temperature, check_weights
+from era.methods.shared import mean_over_processes
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

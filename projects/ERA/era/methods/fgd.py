@@ -14,15 +14,9 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from era.losses import at_least_float32, squared_error
-from era.methods.base import (
-    Method,
-    Needs,
-    align,
-    check_level_names,
-    check_levels,
-    check_temperature,
-    check_weights,
-)
+from era.methods.base import Method, Needs
+from era.methods.checks import check_level_names, check_levels, check_temperature, check_weights
+from era.methods.feature_method import align
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

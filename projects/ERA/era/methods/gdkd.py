@@ -15,7 +15,8 @@ from torch import Tensor
 
 from era.errors import UserError
 from era.losses import at_least_float32, group_divergences, mean_of_rows
-from era.methods.base import Method, Needs, check_class_logits, check_temperature, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_class_logits, check_temperature, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

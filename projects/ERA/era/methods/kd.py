@@ -14,7 +14,8 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from era.losses import kd_loss
-from era.methods.base import Method, Needs, check_class_logits, check_temperature, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_class_logits, check_temperature, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

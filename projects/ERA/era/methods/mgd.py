@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import squared_error
-from era.methods.base import FeatureMethod, align
+from era.methods.feature_method import FeatureMethod, align
 from era.modeling.detectors import Detector
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY

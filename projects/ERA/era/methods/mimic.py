@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from era.losses import mse
-from era.methods.base import FeatureMethod
+from era.methods.feature_method import FeatureMethod
 from era.registry import METHOD_REGISTRY
 
 

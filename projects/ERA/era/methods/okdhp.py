@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32, class_loss, divergence
-from era.methods.base import Method, Needs, check_temperature, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_temperature, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.detectors.further_heads import NewBoxHead
 from era.modeling.step import Step

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from era.losses import mse, standardised
-from era.methods.base import FeatureMethod, align
+from era.methods.feature_method import FeatureMethod, align
 from era.registry import METHOD_REGISTRY
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from era.errors import UserError
 from era.losses import at_least_float32, kd_loss
-from era.methods.base import Chart, Method, Needs, check_weights
+from era.methods.base import Chart, Method, Needs
+from era.methods.checks import check_weights
 from era.modeling.detectors import Detector
 from era.modeling.detectors.parts import HeadPart
 from era.modeling.detectors.recording import SAMPLED_POSITIONS

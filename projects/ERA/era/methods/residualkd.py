@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from era.config import student_config
 from era.errors import UserError
 from era.losses import at_least_float32, level_mean, mse
-from era.methods.base import Method, Needs, check_heads_on, check_levels, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_heads_on, check_levels, check_weights
 from era.modeling.backbones.estimating import EstimatingBackbone
 from era.modeling.backbones.small_resnet import BLOCKS_BY_DEPTH, build_small_resnet_fpn_backbone
 from era.modeling.detectors import Detector

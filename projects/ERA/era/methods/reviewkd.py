@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from era.errors import UserError
 from era.losses import at_least_float32, mse
-from era.methods.base import NORMS, FeatureMethod, norm_layer
+from era.methods.feature_method import FeatureMethod
+from era.methods.shared import NORMS, norm_layer
 from era.modeling.detectors import Detector
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY
@@ -60,7 +61,7 @@ class ABF(nn.Module):
         mid_channels: of x.
         out_channels: of the teacher's map.
         fuses: whether there is a coarser level.
-        norm: a name of :func:`~era.methods.base.norm_layer`.
+        norm: a name of :func:`~era.methods.shared.norm_layer`.
     """
 
     def __init__(

@@ -30,16 +30,15 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32, mse
-from era.methods.base import (
-    Method,
-    Needs,
+from era.methods.base import Method, Needs
+from era.methods.checks import (
     check_head_levels,
     check_levels,
     check_stage,
     check_vectors,
     check_weights,
-    load_frozen_part,
 )
+from era.methods.shared import load_frozen_part
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher

@@ -9,7 +9,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from era.errors import UserError
-from era.methods.base import check_level_names, check_temperature, check_weights
+from era.methods.checks import check_level_names, check_temperature, check_weights
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 
 NORMS = ("none", "BN", "SyncBN", "GN")

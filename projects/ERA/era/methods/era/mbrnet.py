@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from era.methods.base import norm_layer
+from era.methods.shared import norm_layer
 
 # Standard deviation of the initial weights of a conv before a norm (the official code's N(0, 0.01), whose
 # scale the norm undoes) and of a branch's last conv. Hidden convs without norm start at Kaiming's scale:

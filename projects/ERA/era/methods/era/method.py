@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import kd_loss
-from era.methods.base import Method, Needs, check_class_logits, check_heads_on, check_levels
+from era.methods.base import Method, Needs
+from era.methods.checks import check_class_logits, check_heads_on, check_levels
 from era.methods.era import benchmark, config
 from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.methods.base import check_vectors
+from era.methods.checks import check_vectors
 from era.methods.era.config import ROI_WEIGHTS
 from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet

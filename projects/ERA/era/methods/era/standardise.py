@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from era.losses import at_least_float32
-from era.methods.base import mean_over_processes
+from era.methods.shared import mean_over_processes
 
 MOMENTUM = 0.01  # weight of the newest batch after the first 1 / MOMENTUM of them
 # A channel's variance counts as at least this part of the mean variance, over all channels and levels: an

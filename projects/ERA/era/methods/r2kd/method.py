@@ -33,7 +33,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from era.checkpoint.part import load_part
 from era.errors import UserError
-from era.methods.base import Method, Needs, check_class_logits, check_temperature, check_weights
+from era.methods.base import Method, Needs
+from era.methods.checks import check_class_logits, check_temperature, check_weights
 from era.methods.r2kd.losses import rank_loss, value_loss
 from era.methods.r2kd.pruning import keep_zeros, prune_smallest
 from era.modeling.detectors import Detector

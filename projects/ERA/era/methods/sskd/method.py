@@ -30,16 +30,15 @@ from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import kd_loss
-from era.methods.base import (
-    Method,
-    Needs,
+from era.methods.base import Method, Needs
+from era.methods.checks import (
     check_class_logits,
     check_stage,
     check_temperature,
     check_vectors,
     check_weights,
-    load_frozen_part,
 )
+from era.methods.shared import load_frozen_part
 from era.methods.sskd.losses import contrastive_loss, cosine_similarities, selected_kd_loss
 from era.methods.sskd.queue import EmbeddingQueue
 from era.modeling.detectors import Detector
