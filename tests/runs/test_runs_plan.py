@@ -7,6 +7,7 @@ from builders import REPO
 
 from era.config import student_config
 from era.errors import UserError
+from era.registry import METHOD_REGISTRY
 from era.runs.identity import identities
 from era.runs.plan import NOTHING, check_overrides, make_runs
 from era.runs.schema import read_plan
@@ -344,6 +345,26 @@ def test_the_rows_with_unlabelled_pictures_differ_in_these_alone(tmp_path, monke
             config.DATASETS.UNLABELED, config.SOLVER.UNLABELED_PER_BATCH = (), 0
             config.SOLVER.IMS_PER_BATCH, config.OUTPUT_DIR = 8, ""
         assert cfg == other
+
+
+def test_the_study_of_all_methods_holds_all_methods(tmp_path, monkeypatch):
+    """Each on both sets, with and without inherited heads, with as many tries; but what is a sequence of runs itself."""
+    monkeypatch.chdir(REPO)
+    plan = read_plan(REPO / "studies" / "toy_methods.yaml")
+    names = {name.lower() for name, _ in METHOD_REGISTRY} - {"mtpd"}
+    assert plan.tuning.candidates.keys() == names
+    runs = {run.variant: run for run in make_runs(plan, tmp_path, seeds=(1,))}
+    for name in names:
+        needs_teacher = METHOD_REGISTRY.get(runs[f"{name}_long"].methods[0]).needs(
+            runs[f"{name}_long"].config
+        )
+        for data, size in (("", 200), ("full_", 1600)):
+            for heads in ("", "_heads") if needs_teacher.teacher else ("",):
+                run = runs[f"{data}{name}{heads}_long"]
+                assert [m.lower() for m in run.methods] == [name]
+                assert (run.config.DATASETS.TRAIN == ("era_toy_train_200",)) == (size == 200)
+                assert (run.inherited == "heads") == bool(heads)
+                assert plan.tuning.tuned[run.variant] == name
 
 
 def test_the_tables_word_on_inheritance_is_the_configs(tmp_path, monkeypatch):

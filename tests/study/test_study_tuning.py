@@ -193,6 +193,27 @@ def test_a_choice_is_added_as_the_plan_was_read(read):
     assert chosen.variants["pkd_short"] == plan.variants["pkd_short"]
 
 
+def test_a_run_on_other_data_takes_a_choice_over(read, tmp_path):
+    own = "  more: {label: More, config: configs/toy/era.yaml, weights: {MODEL.TEACHER.WEIGHTS: teacher}, tuned_as: distilled}\n"
+    plan = read("  again:", f"{own}  again:")
+    assert len(wanted(plan, ["more_long"])) == 2 and len(wanted(plan, None)) == 4
+    chosen = with_chosen(plan, {"distilled": ("MODEL.ERA.FEATURE_WEIGHT", "5.0")})
+    assert chosen.variants["more_long"].overrides[:2] == ("MODEL.ERA.FEATURE_WEIGHT", "5.0")
+    with pytest.raises(UserError, match=r"runs\.more\.tuned_as is 'other': expected one of teacher"):
+        read("  again:", own.replace("as: distilled", "as: other") + "  again:")
+
+
+def test_a_part_is_there_for_the_tries_too(read, tmp_path):
+    plan = read(
+        "  distilled:\n    label: Distilled\n    config: configs/toy/era.yaml\n    weights: {MODEL",
+        "  part: {label: Part, config: configs/toy/methods/sskd_head.yaml, weights: {MODEL.TEACHER.WEIGHTS: teacher}, "
+        "role: part}\n  distilled:\n    label: Distilled\n    config: configs/toy/methods/sskd.yaml\n"
+        "    weights: {MODEL.SSKD.HEAD_WEIGHTS: part, MODEL",
+    )
+    runs = make_runs(tries_plan(plan), tmp_path, only=["distilled_try1"])
+    assert [run.name for run in runs][:2] == ["teacher", "part"]
+
+
 def test_only_what_is_asked_for_is_tried(read, tmp_path):
     plan = read()
     assert wanted(plan, ["pkd_short"]) == [] and len(wanted(plan, None)) == 4

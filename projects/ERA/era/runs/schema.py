@@ -17,7 +17,9 @@ PLAN_ENTRIES = (
     "title", "notes", "seeds", "schedules", "baseline", "compare", "results", "num_gpus", "tune", "runs",
 )  # fmt: skip
 TUNE_ENTRIES = ("dataset", "seeds", "iterations", "tries")
-RUN_ENTRIES = ("label", "config", "overrides", "weights", "evaluate", "iterations", "role")
+RUN_ENTRIES = (
+    "label", "config", "overrides", "weights", "evaluate", "iterations", "role", "tuned_as",
+)  # fmt: skip
 ROLES = ("student", "teacher", "part")
 MAX_ITER = "SOLVER.MAX_ITER"  # the key that a schedule sets
 TEST = "DATASETS.TEST"
@@ -41,6 +43,7 @@ class Variant:
     pace: tuple[
         str, ...
     ] = ()  # (time_of, step_of): variants that say how many iterations it trains
+    tuned_as: str = ""  # the variant whose choice of a tune it takes too
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -254,7 +257,7 @@ class _Reader:
         self.expect(bool(tries), "tune.tries", tries, "at least one run with its candidates")
         tuned = {}
         for name, variant in variants.items():
-            source = tuned.get(variant.evaluates or name, name)
+            source = tuned.get(variant.evaluates or variant.tuned_as or name, name)
             if source in tries:
                 tuned[name] = source
         return Tuning(dataset, tuple(seeds), candidates, tries, tuned)
@@ -294,10 +297,13 @@ class _Reader:
         entry = self.mapping(value, where, RUN_ENTRIES)
         label = self.text(entry.get("label"), f"{where}.label")
         overrides = self.overrides(entry.get("overrides", {}), f"{where}.overrides")
-        overrides += tuple(self.chosen.get(name, ()))
+        tuned_as = ""
+        if "tuned_as" in entry:
+            tuned_as = self.one_of(entry["tuned_as"], f"{where}.tuned_as", above)
+        overrides += tuple(self.chosen.get(tuned_as or name, ()))
         if "evaluate" in entry:
             source = self.one_of(entry["evaluate"], f"{where}.evaluate", above)
-            for other in ("config", "weights", "iterations", "role"):
+            for other in ("config", "weights", "iterations", "role", "tuned_as"):
                 self.expect(
                     other not in entry, f"{where}.{other}", entry.get(other), f"no such entry beside evaluate, which takes {source!r} as it is"
                 )  # fmt: skip
@@ -329,6 +335,7 @@ class _Reader:
             weights=weights,
             is_teacher=role != "student",
             is_part=role == "part",
+            tuned_as=tuned_as,
             pace=pace,
         )
 

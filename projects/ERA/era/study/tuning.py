@@ -59,9 +59,10 @@ class Choice:
 
 
 def tries_plan(plan: Plan) -> Plan:
-    """The plan whose runs are the tries, and the teachers."""
+    """The plan whose runs are the tries, and what is trained once for all: teachers, and parts of methods."""
     tries = (variant for variants in plan.tuning.tries.values() for variant in variants)
-    variants = {variant.name: variant for variant in (*plan.teachers, *tries)}
+    shared = (variant for variant in plan.variants.values() if variant.is_teacher)
+    variants = {variant.name: variant for variant in (*shared, *tries)}
     return replace(plan, variants=variants, seeds=plan.tuning.seeds, compare={}, tuning=None)
 
 
