@@ -236,6 +236,7 @@ def test_needs_and_stages():
         (["MODEL.TRED.STAGE", "head"], r"MODEL\.TRED\.STAGE is 'head': expected one of disentangle, distil"),
         (["MODEL.TRED.MMD_WEIGHT", "-1.0"], r"MODEL\.TRED\.MMD_WEIGHT is -1\.0"),
         (["MODEL.TRED.LEVELS", "[]"], r"MODEL\.TRED\.LEVELS is empty"),
+        (["MODEL.TRED.LEVELS", "['p3', 'p3']"], r"MODEL\.TRED\.LEVELS is \['p3', 'p3'\], with a level twice"),
         (["MODEL.TRED.LEVELS", "['p9']"], r"MODEL\.TRED\.LEVELS is \['p9'\].*student"),
         (["MODEL.TRED.MMD_SAMPLES_PER_IMAGE", "0"], r"MODEL\.TRED\.MMD_SAMPLES_PER_IMAGE is 0"),
     ],

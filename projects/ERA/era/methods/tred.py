@@ -33,11 +33,13 @@ from era.losses import at_least_float32, mse
 from era.methods.base import Method, Needs
 from era.methods.checks import (
     check_head_levels,
+    check_level_names,
     check_levels,
     check_stage,
     check_vectors,
     check_weights,
 )
+from era.methods.feature_method import align
 from era.methods.shared import load_frozen_part
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
@@ -161,8 +163,7 @@ class TRED(Method):
         keys = cfg.MODEL.TRED
         check_stage("MODEL.TRED.STAGE", keys.STAGE, STAGES)
         check_weights({f"MODEL.TRED.{key}": keys[key] for key in WEIGHTS.values()})
-        if not keys.LEVELS:
-            raise UserError("MODEL.TRED.LEVELS is empty: expected FPN levels such as ['p2', 'p3'].")
+        check_level_names(keys.LEVELS, "MODEL.TRED.LEVELS")
         if keys.MMD_SAMPLES_PER_IMAGE < 1:
             raise UserError(
                 f"MODEL.TRED.MMD_SAMPLES_PER_IMAGE is {keys.MMD_SAMPLES_PER_IMAGE}: expected at least 1; set "
@@ -231,8 +232,7 @@ class TRED(Method):
         load_frozen_part(
             disentangler, keys.DISENTANGLER_WEIGHTS, PART, what=cls.part_key, teacher=teacher
         )
-        adapter = nn.Identity() if own == other else nn.Conv2d(own, other, 1)
-        return {**found, "disentangler": disentangler, "adapter": adapter}
+        return {**found, "disentangler": disentangler, "adapter": align(own, other)}
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """See the class; a term of weight 0 is left out."""
