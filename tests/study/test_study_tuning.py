@@ -199,7 +199,9 @@ def test_a_run_on_other_data_takes_a_choice_over(read, tmp_path):
     assert len(wanted(plan, ["more_long"])) == 2 and len(wanted(plan, None)) == 4
     chosen = with_chosen(plan, {"distilled": ("MODEL.ERA.FEATURE_WEIGHT", "5.0")})
     assert chosen.variants["more_long"].overrides[:2] == ("MODEL.ERA.FEATURE_WEIGHT", "5.0")
-    with pytest.raises(UserError, match=r"runs\.more\.tuned_as is 'other': expected one of teacher"):
+    with pytest.raises(
+        UserError, match=r"runs\.more\.tuned_as is 'other': expected one of teacher"
+    ):
         read("  again:", own.replace("as: distilled", "as: other") + "  again:")
 
 
