@@ -14,6 +14,8 @@ from detectron2.data.samplers import TrainingSampler
 from PIL import Image
 
 from era.data import datasets, toy
+from era.data.loader import LABELED
+from era.data.seeds import ORDER, derived_seed, random_numbers_of
 from era.data.unlabeled import MixedLoader, build_mixed_loader, check_unlabeled, pictures
 from era.engine.schedule import scale_to_world
 from era.engine.trainer import Trainer
@@ -170,21 +172,23 @@ def test_a_batch_is_labelled_pictures_then_others(photos):
     assert set(seen) == {"B.JPEG", "a.jpg", "c.png", "d.JPG", "e.jpg"}
 
 
-def test_an_empty_list_is_detectron2s_own_loader():
-    """To the last bit; and its order of labelled pictures is kept where there are others too."""
-    cfg = config("SOLVER.IMS_PER_BATCH", "3", "SOLVER.UNLABELED_PER_BATCH", "1", unlabeled=())
+def test_an_empty_list_gives_detectron2s_own_batches():
+    """To the last bit where nothing is drawn for a picture; and the order of labelled pictures is kept where there
+    are others too."""
+    cfg = config("SOLVER.IMS_PER_BATCH", "3", "SOLVER.UNLABELED_PER_BATCH", "1",
+                 "INPUT.RANDOM_FLIP", "none", "SEED", "5", unlabeled=())  # fmt: skip
 
-    def order(build, count):
-        np.random.seed(0)
-        torch.manual_seed(0)
-        return [item for batch in some(build(cfg), count) for item in batch]
+    def order(loader, count):
+        return [item for batch in some(loader, count) for item in batch]
 
-    own, stock = order(Trainer.build_train_loader, 4), order(build_detection_train_loader, 4)
+    own = order(Trainer.build_train_loader(cfg), 4)
+    with random_numbers_of(derived_seed(ORDER, 5, LABELED)):
+        stock = order(build_detection_train_loader(cfg), 4)
     assert all("unlabeled" not in item for item in own) and len(own) == 12
     for a, b in zip(own, stock, strict=True):
         assert torch.equal(a["image"], b["image"]) and a["file_name"] == b["file_name"]
     cfg.DATASETS.UNLABELED = ("era_toy_tune",)
-    mixed = order(Trainer.build_train_loader, 6)
+    mixed = order(Trainer.build_train_loader(cfg), 6)
     labeled = [item["file_name"] for item in mixed if not item.get("unlabeled")]
     assert labeled == [item["file_name"] for item in own]
 
@@ -197,9 +201,11 @@ def test_the_two_orders_have_seeds_of_their_own(monkeypatch):
         seeds.append(self._seed)
 
     monkeypatch.setattr(TrainingSampler, "__init__", keep)
-    Trainer.build_train_loader(
+    loader = Trainer.build_train_loader(
         config("SOLVER.UNLABELED_PER_BATCH", "1", unlabeled=("era_toy_tune",))
     )
+    loader.begin_at(3, 0)
+    some(loader, 1)
     assert len(seeds) == 2 and seeds[0] != seeds[1]
 
 

@@ -12,12 +12,16 @@ from __future__ import annotations
 import gc
 
 import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.engine.hooks import PreciseBN
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 
 def postprocess(
@@ -45,6 +49,17 @@ def write_metrics(trainer: SimpleTrainer, losses: dict[str, Tensor], data_time: 
         FloatingPointError: the sum of the losses is not finite.
     """
     trainer._write_metrics(losses, data_time)
+
+
+def training_sampler(cfg: CfgNode, records: Dataset) -> Sampler:
+    """The endless order of this process that ``DATALOADER.SAMPLER_TRAIN`` says; all processes must ask together.
+    It draws from numpy's global random state; ``_train_loader_from_config``, a59f0563."""
+    return _train_loader_from_config(cfg, mapper=lambda record: record, dataset=records)["sampler"]
+
+
+def precise_bn_loader(hook: PreciseBN):
+    """The batches out of which it computes statistics, None if it does not; ``PreciseBN._data_loader``, a59f0563."""
+    return getattr(hook, "_data_loader", None)
 
 
 def last_evaluation(trainer: TrainerBase) -> dict | None:

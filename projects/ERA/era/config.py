@@ -85,6 +85,12 @@ def add_era_config(cfg: CfgNode) -> None:
     # How many of the SOLVER.IMS_PER_BATCH pictures of an optimiser step come from DATASETS.UNLABELED; at least 1
     # and fewer than all, in equal parts for every process and accumulated batch. Only read if UNLABELED names sets.
     _C.SOLVER.UNLABELED_PER_BATCH = 0
+    # How many of the periodic checkpoints of a run stay, the last ones, beside model_final.pth and model_best.pth;
+    # at least 2, so that one can be damaged. 0 = all.
+    _C.SOLVER.CHECKPOINTS_KEPT = 3
+    # The weights of the evaluation with the highest value of this stay in model_best.pth: bbox/AP, segm/AP or another
+    # name in metrics.json, without the set's; of the first of DATASETS.TEST. "" = none; only with TEST.EVAL_PERIOD.
+    _C.TEST.BEST_METRIC = "bbox/AP"
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
 
@@ -198,6 +204,10 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}: expected a divisor of "
             f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}); change one of the two."
+        )
+    if cfg.SOLVER.CHECKPOINTS_KEPT < 0 or cfg.SOLVER.CHECKPOINTS_KEPT == 1:
+        raise UserError(
+            f"SOLVER.CHECKPOINTS_KEPT is {cfg.SOLVER.CHECKPOINTS_KEPT}: expected at least 2, or 0 for all; set it so."
         )
     if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
         raise UserError(

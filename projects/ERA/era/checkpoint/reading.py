@@ -1,7 +1,8 @@
 """Checkpoints: safe reading, whole writing, and the plain student inside a distilled run.
 
 A training checkpoint holds the student under ``student.``, the methods' modules under ``methods.``, the
-optimiser, the scheduler and the iteration, and the teacher's source and hash; never the teacher.
+optimiser, the scheduler and the iteration, the settings of the run, what an exact resume needs
+(:mod:`era.engine.resume`), and the teacher's source and hash; never the teacher. Its SHA-256 stands beside it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from era.addresses import check_address
+from era.checkpoint.settings import differences
 from era.checkpoint.unpickling import SafeUnpickler
-from era.checkpoint.writing import save_whole
+from era.checkpoint.writing import damage, save_whole, write_text_whole
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     Four cases load alike: a distilled or a plain file into a distiller or a plain model. A plain file
     fills a distiller's student; a distilled file gives a plain model its student.
 
+    Args:
+        model, save_dir, save_to_disk, checkpointables: as fvcore's.
+        settings: of the run, :func:`era.checkpoint.settings.settings_of`; written into checkpoints and, when one is
+            resumed from, compared with what is in it.
+
     Attributes:
         incompatible: what did not fit at the last load: ``missing_keys``, ``unexpected_keys`` and
             ``incorrect_shapes``; None before.
@@ -40,15 +47,48 @@ class SafeCheckpointer(DetectionCheckpointer):
     incompatible = None
     filled_methods = False
     _told = ""
+    _resuming = ""  # the file while it is resumed from
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        settings: dict[str, str] | None = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.settings = settings or {}
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As fvcore's; what is resumed from must fill the model exactly, and other settings are warned of.
+
+        Raises:
+            UserError: as :meth:`load` and :meth:`get_checkpoint_file`, or the checkpoint is of another model.
+        """
+        found = self.get_checkpoint_file() if resume else ""
+        if not found:
+            return self.load(path, checkpointables=[])
+        self._resuming = found
+        try:
+            return self.load(found)
+        finally:
+            self._resuming = ""
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
         """As Detectron2's, but an address is checked first and every failure to read is one sentence.
 
         Raises:
-            UserError: the file is absent, unreachable or no checkpoint.
+            UserError: the file is absent, unreachable, no checkpoint, or not what its SHA-256 beside it says.
         """
         try:
             check_address(path, what="weights")
+            if os.path.isfile(path) and (problem := damage(path)):
+                raise UserError(
+                    f"weights {path!r} are damaged ({problem}): expected the file as it was written; give another "
+                    "one, or, if you changed it yourself, remove the file with the hash."
+                )
             return super().load(path, *args, **kwargs)
         except UserError:
             raise
@@ -92,7 +132,29 @@ class SafeCheckpointer(DetectionCheckpointer):
             if student is None and is_distilled:
                 checkpoint["model"] = strip_student(weights)
             self.incompatible = super()._load_model(checkpoint)
+        if self._resuming:
+            problems = misfits(self.incompatible)
+            if is_distilled != (student is not None):
+                problems.insert(0, "is of a distiller" if is_distilled else "is of no distiller")
+            self._compare(problems, checkpoint.get("settings", {}))
         return self.incompatible
+
+    def _compare(self, problems: list[str], settings: dict[str, str]) -> None:
+        """Refuse a checkpoint of another model; say which other settings have changed."""
+        if problems:
+            more = f" (and {len(problems) - 1} more keys differ)" if len(problems) > 1 else ""
+            changed = ", ".join(differences(settings, self.settings, prefix="MODEL."))
+            raise UserError(
+                f"{self._resuming}, to resume from, does not fit this config's model: it {problems[0]}{more}"
+                f"{'; ' * bool(changed)}{changed}; resume with that run's own settings, or start a new run in another "
+                "OUTPUT_DIR."
+            )
+        if changed := differences(settings, self.settings):
+            logger.warning(
+                "Resuming with other settings than %s was written with, so the run is not the one that would have "
+                "gone on: %s.",
+                self._resuming, ", ".join(changed),
+            )  # fmt: skip
 
     def has_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint to resume from.
@@ -104,32 +166,30 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """The file that ``last_checkpoint`` names, else the one of the latest iteration; "" if there is
-        none. A file that cannot be read is passed over with a warning.
+        none. A file that cannot be read, or that its SHA-256 does not fit, is passed over with a warning.
 
         Raises:
-            UserError: there are files, and none of them can be read.
+            UserError: there are files, and none of them is whole.
         """
         tagged = self._tagged_file()
-        if tagged and _iteration(tagged) is not None:
+        if tagged and _problem(tagged) is None:
             return tagged
         files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
-        iterations = {path: _iteration(path) for path in files}
-        broken = sorted(path for path, iteration in iterations.items() if iteration is None)
-        resumable = {p: i for p, i in iterations.items() if i is not None and i >= 0}
+        problems = {path: _problem(path) for path in files}
+        broken = [f"{path}: {problem}" for path, problem in sorted(problems.items()) if problem]
+        iterations = {path: _iteration(path) for path in files if problems[path] is None}
+        resumable = {path: i for path, i in iterations.items() if i >= 0}
         if not resumable:
             if broken:
                 raise UserError(
-                    f"{broken[-1]} cannot be read and {self.save_dir} holds no other checkpoint to resume "
-                    "from: expected a checkpoint of this run; move the file away, or start without "
-                    "--resume."
+                    f"{self.save_dir} holds no whole checkpoint to resume from ({'; '.join(broken)}): expected one of "
+                    "this run; move the files away, or start without --resume."
                 )
             return ""
         newest = max(resumable, key=resumable.__getitem__)
         marker = os.path.join(self.save_dir, "last_checkpoint")
-        found = (
-            f"names {tagged}, which cannot be read" if tagged else "is missing or cannot be read"
-        )
-        skipped = f" (not from {', '.join(broken)}: unreadable)" if broken else ""
+        found = f"names {tagged}" if tagged else "is missing or cannot be read"
+        skipped = f" (not from {'; '.join(broken)})" if broken else ""
         message = (
             f"{marker} {found}: resuming from {newest}, iteration {resumable[newest]}{skipped}."
         )
@@ -145,16 +205,34 @@ class SafeCheckpointer(DetectionCheckpointer):
             return ""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``: complete, or not at all."""
+        """Write ``<save_dir>/<name>.pth``, its SHA-256 beside it, and ``last_checkpoint``: complete, or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        data = {"model": self.model.state_dict(), "settings": self.settings}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
-        save_whole(data, path)
-        self.tag_last_checkpoint(os.path.basename(path))
+        save_whole(data, path, with_hash=True)
+        marker = os.path.join(self.save_dir, "last_checkpoint")
+        write_text_whole(os.path.basename(path), marker)
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write the weights to ``<save_dir>/<name>.pth``, with the teacher they belong to but nothing to resume from.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), **kwargs}
+        if "teacher" in self.checkpointables:
+            data["teacher"] = self.checkpointables["teacher"].state_dict()
+        save_whole(data, os.path.join(self.save_dir, f"{name}.pth"), with_hash=True)
 
 
 def load_exactly(model: nn.Module, path: str, *, what: str) -> None:
@@ -193,19 +271,25 @@ def misfits(wrong) -> list[str]:
     return problems + [f"has {key}, which the model lacks" for key in wrong.unexpected_keys]
 
 
-def _iteration(path: str) -> int | None:
-    """Iteration that a checkpoint was written after; -1 for weights alone, None if it is not readable.
-
-    The tensors are mapped and not read.
-    """
+def peek(path: str) -> dict[str, Any] | None:
+    """What a checkpoint holds, its tensors mapped and not read; None if it is not readable."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a file of anything can fail in any way
         return None
-    if not isinstance(data, dict) or "trainer" not in data:
-        return -1
+    return data if isinstance(data, dict) else {}
+
+
+def _problem(path: str) -> str | None:
+    """Why a file is passed over, None if it is whole."""
+    return "unreadable" if peek(path) is None else damage(path)
+
+
+def _iteration(path: str) -> int:
+    """Iteration that a readable checkpoint was written after; -1 for weights alone."""
+    data = peek(path) or {}
     iteration = data.get("iteration")
-    return iteration if isinstance(iteration, int) else -1
+    return iteration if "trainer" in data and isinstance(iteration, int) else -1
 
 
 def strip_student(weights: dict[str, Any]) -> dict[str, Any]:

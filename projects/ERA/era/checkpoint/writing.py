@@ -1,23 +1,149 @@
-"""Checkpoints are written whole or not at all; the identity of weights."""
+"""Files are written whole or not at all; a checkpoint's SHA-256 beside it; the identity of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from era.errors import UserError
 
-def save_whole(data: Any, path: str) -> None:
-    """``torch.save`` to a file beside ``path``, then rename: a crash leaves the old file intact."""
+PARTIAL = ".partial"  # ends the name of a file while it is written
+HASH = ".sha256"  # ends the name of the file beside a checkpoint, in the form of sha256sum
+_known: dict[tuple[str, int, int], str] = {}  # SHA-256 by path, size and time of change
+
+
+def save_whole(data: Any, path: str, *, with_hash: bool = False) -> None:
+    """``torch.save`` to a file beside ``path``, then rename: a crash leaves the old file intact.
+
+    Args:
+        with_hash: leave the SHA-256 of what was meant to be written in ``path`` + :data:`HASH`.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk; nothing is left of it.
+    """
+    out = None
     try:
-        torch.save(data, path + ".partial")
-        os.replace(path + ".partial", path)
-    finally:
-        if os.path.exists(path + ".partial"):
-            os.remove(path + ".partial")
+        try:
+            with open(path + PARTIAL, "wb") as file:
+                out = _Hashed(file)
+                torch.save(data, out)
+                file.flush()
+                os.fsync(file.fileno())
+            if with_hash:
+                # Between the two renames a file has no hash, never that of another.
+                _write(
+                    path + HASH + PARTIAL, f"{out.digest.hexdigest()}  {os.path.basename(path)}\n"
+                )
+                remove(path + HASH)
+            os.replace(path + PARTIAL, path)
+            if with_hash:
+                os.replace(path + HASH + PARTIAL, path + HASH)
+        finally:
+            remove(path + PARTIAL, path + HASH + PARTIAL)
+    except Exception as e:  # torch turns a failed write into errors of its own
+        error = out.error if out is not None and out.error is not None else e
+        if not isinstance(error, OSError):
+            raise
+        raise cannot_be_written(path, error) from error
+
+
+class _Hashed:
+    """A file that is only written to, from its beginning to its end, and what that hashes to."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            self.digest.update(data)
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_text_whole(text: str, path: str) -> None:
+    """A small text file, written whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        try:
+            _write(path + PARTIAL, text)
+            os.replace(path + PARTIAL, path)
+        finally:
+            remove(path + PARTIAL)
+    except OSError as e:
+        raise cannot_be_written(path, e) from e
+
+
+def cannot_be_written(path: str, error: OSError) -> UserError:
+    """The sentence about a file that a run could not write."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        free = f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError:
+        free = ""
+    return UserError(
+        f"{path} cannot be written ({error.strerror or error}{free}): what was written before is whole; make room or "
+        "mend the folder, then go on with --resume, or choose another OUTPUT_DIR."
+    )
+
+
+def remove(*paths: str) -> None:
+    """Remove files, those that are there."""
+    for path in paths:
+        if os.path.isfile(path):
+            os.remove(path)
+
+
+def damage(path: str) -> str | None:
+    """What is wrong with a file by the SHA-256 beside it; None if nothing is, or if there is none beside it.
+
+    A file that has not changed is read once.
+    """
+    try:
+        with open(path + HASH, encoding="utf-8") as file:
+            expected = file.read().split()[0]
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, IndexError):
+        return f"{path + HASH} cannot be read"
+    found = _file_hash(path)
+    if found == expected:
+        return None
+    return (
+        f"its SHA-256 is {found[:12]}..., {os.path.basename(path + HASH)} says {expected[:12]}..."
+    )
+
+
+def _file_hash(path: str) -> str:
+    status = os.stat(path)
+    key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    if key not in _known:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        _known[key] = digest.hexdigest()
+    return _known[key]
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

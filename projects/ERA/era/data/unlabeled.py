@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
 
 from era.data.datasets import UNLABELED_KEY, coco_files
 from era.data.image_folders import unreadable
 from era.data.keyed import training_mapper
+from era.data.loader import UNLABELED, TrainLoader
 from era.data.validation import read_pictures
 from era.errors import UserError
 
@@ -71,11 +74,16 @@ class MixedLoader:
     """Batches of two infinite loaders, each batch the labelled one's followed by the unlabelled one's.
 
     Args:
-        labeled, unlabeled: loaders of lists of inputs.
+        labeled, unlabeled: loaders of lists of inputs, such as :class:`~era.data.loader.TrainLoader`.
     """
 
     def __init__(self, labeled, unlabeled):
         self.labeled, self.unlabeled = labeled, unlabeled
+
+    def begin_at(self, seed: int, batch: int) -> None:
+        """See :meth:`era.data.loader.TrainLoader.begin_at`."""
+        self.labeled.begin_at(seed, batch)
+        self.unlabeled.begin_at(seed, batch)
 
     def __iter__(self) -> Iterator[list[dict]]:
         others = iter(self.unlabeled)
@@ -102,11 +110,14 @@ def build_mixed_loader(cfg: CfgNode, labeled, total_batch_size: int) -> MixedLoa
         for name in cfg.DATASETS.UNLABELED
         for record in pictures(UNLABELED_KEY, name)
     ]
-    unlabeled = build_detection_train_loader(
+    unlabeled = TrainLoader(
         records,
         mapper=PictureMapper(cfg),
-        total_batch_size=total_batch_size,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        sampler=lambda found: TrainingSampler(len(found)),
+        batch_size=total_batch_size // comm.get_world_size(),
+        group_by_shape=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        stream=UNLABELED,
+        seed=cfg.SEED,
     )
     return MixedLoader(labeled, unlabeled)

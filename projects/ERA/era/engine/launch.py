@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from era import compat
+from era.checkpoint.writing import cannot_be_written
 from era.data.unlabeled import UnreadablePicture
 from era.engine.evaluation import evaluate, evaluate_teacher
 from era.engine.preflight import (
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 EXIT_FAILED = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's part of it
 PORT_ATTEMPTS = 5
 
 EPILOG = """
@@ -164,7 +168,8 @@ def run_process(args: argparse.Namespace) -> dict | None:
         SystemExit: training diverged, or a user's mistake in a run of several processes.
     """
     try:
-        results = _train_or_evaluate(args)
+        with _full_disk_in_one_sentence():
+            results = _train_or_evaluate(args)
         if dist.is_initialized():
             compat.leave_process_group()
         return results
@@ -185,9 +190,23 @@ def run_process(args: argparse.Namespace) -> dict | None:
         sys.exit(EXIT_FAILED)
 
 
+@contextmanager
+def _full_disk_in_one_sentence():
+    """Whatever a full disk kept from being written, a UserError; the first that was, for others follow."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        earlier = e.__context__
+        while earlier is not None and not isinstance(earlier, UserError):
+            earlier = earlier.__context__
+        raise (earlier or cannot_be_written(e.filename or "a file of the run", e)) from e
+
+
 def _without_traceback(record: logging.LogRecord) -> bool:
-    # Detectron2 logs divergence with its traceback; the log gets the sentence alone.
-    if record.exc_info and isinstance(record.exc_info[1], FloatingPointError):
+    # Detectron2 logs divergence, and what is told in one sentence, with its traceback; the log gets the sentence alone.
+    if record.exc_info and isinstance(record.exc_info[1], (FloatingPointError, UserError)):
         record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
     return True
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from era.checkpoint.reading import SafeCheckpointer
+from era.checkpoint.settings import settings_of
 from era.checkpoint.teacher import TeacherRecord
 from era.config import load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
@@ -85,6 +86,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     check_data(cfg, for_training=not args.eval_only)
     check_writable(cfg.OUTPUT_DIR)
+    settings = settings_of(cfg, processes=args.num_gpus * args.num_machines)
     folder = cache_folder(cfg) if is_distiller(cfg) and not args.eval_only else None
     if folder is not None:
         check_writable(folder, key="MODEL.TEACHER.CACHE", what="the teacher's maps")
@@ -95,9 +97,8 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         if args.eval_only:
             build_for_evaluation(cfg, resume=args.resume)
         else:
-            model = build_model(cfg)
-            if not (args.resume and SafeCheckpointer(model, cfg.OUTPUT_DIR).has_checkpoint()):
-                SafeCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+            checkpointer = SafeCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, settings=settings)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
 
 
 @contextmanager

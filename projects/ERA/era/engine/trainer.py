@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import weakref
 from collections import OrderedDict
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from era import compat
 from era.checkpoint.reading import SafeCheckpointer
-from era.checkpoint.student import save_plain_student
+from era.checkpoint.settings import settings_of
 from era.config import INHERIT_FPN, INHERIT_NOTHING
 from era.data.keyed import training_mapper
-from era.data.unlabeled import build_mixed_loader
+from era.data.loader import TrainLoader, labeled_loader
+from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
+from era.data.unlabeled import MixedLoader, build_mixed_loader
 from era.engine.evaluation import DetectionEvaluator, evaluate, evaluate_teacher
+from era.engine.hooks import (
+    CacheFigures,
+    Checkpoints,
+    GpuMemory,
+    KeepBest,
+    SaveStudent,
+    best_metric,
+)
 from era.engine.preflight import teacher_record
+from era.engine.resume import MetricsFile, put_scalars_back, scalars_of
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
-from era.modeling.teacher_cache import TeacherCache, build_teacher_cache
+from era.modeling.teacher_cache import build_teacher_cache
 from era.registry import is_distiller
 
 logger = logging.getLogger(__name__)
 
-STUDENT_FOLDER = "student"  # below OUTPUT_DIR: the plain student at the end of training
-GPU_MEMORY = "gpu_memory_mib"  # a scalar: most memory of tensors on the main process's GPU so far
 # float16 skips a step whose scaled gradients overflow and halves the scale, from 65536. Below this (fairseq's
 # bound; thirty steps in a row) no scale helps.
 MIN_LOSS_SCALE = 1e-4
@@ -131,10 +144,15 @@ class Trainer(DefaultTrainer):
     """Trains distillers, teachers and plain baselines by config, on GPUs and on the CPU.
 
     Unlike DefaultTrainer it works with several CPU processes, accumulates gradients, reads checkpoints
-    without running pickled code, evaluates on COCO, and leaves a plain student behind.
+    without running pickled code, evaluates on COCO, and leaves a plain student behind. Resumed from a
+    checkpoint it goes on as the run that wrote it would have, to the bit where the hardware's arithmetic allows it:
+    every step's random numbers and pictures follow from :attr:`seed` and the iteration.
 
     Args:
         cfg: config after :func:`era.engine.launch.setup_config`.
+
+    Attributes:
+        seed: ``SEED``; where none is set, one that the processes draw together and checkpoints keep.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -158,13 +176,22 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **teacher_record(model)
+            model,
+            cfg.OUTPUT_DIR,
+            settings=settings_of(cfg, processes=comm.get_world_size()),
+            trainer=weakref.proxy(self),
+            **teacher_record(model),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._teacher_results: dict | None = None
+        self._resumed: dict | None = None  # what the checkpoint says of the place in the run
+        self._metrics_file: MetricsFile | None = None  # of the main process, as the checkpoints
+        self._checkpoints: Checkpoints | None = None
         self.register_hooks(self.build_hooks())
+        self._begin_data_at(0)
 
     @property
     def bare_model(self) -> nn.Module:
@@ -183,34 +210,115 @@ class Trainer(DefaultTrainer):
         inherited = self.cfg.MODEL.DISTILLER.INIT_STUDENT
         if is_distiller(self.cfg) and inherited != INHERIT_NOTHING and not resumed:
             self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
+        if self._resumed is not None:
+            self._begin_data_at(self.start_iter)
+        elif resumed:
+            logger.warning(
+                "The checkpoint is of a version that kept no place in the data and no random state: weights, "
+                "optimiser and schedule go on exactly, the order of the pictures begins anew."
+            )
+
+    def _begin_data_at(self, iteration: int) -> None:
+        steps = self.cfg.SOLVER.ACCUMULATION_STEPS
+        self._trainer.data_loader.begin_at(self.seed, iteration * steps)
+        period, batches = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
+        for hook in self._hooks:
+            if isinstance(hook, PreciseBN) and (loader := compat.precise_bn_loader(hook)):
+                done = iteration // period if period > 0 else 0
+                loader.begin_at(derived_seed(PRECISE_BN, self.seed), done * batches)
+
+    def state_dict(self) -> dict:
+        """As DefaultTrainer, and the place in the run, see :mod:`era.engine.resume`."""
+        state = super().state_dict()
+        state["place"] = {
+            "seed": self.seed,
+            "scalars": scalars_of(self.storage),
+            "metrics_written": self._metrics_file.written if self._metrics_file else -1,
+            "checkpoints": self._checkpoints.names if self._checkpoints else [],
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Inverse of :meth:`state_dict`; a checkpoint of a version without the place in the run is accepted."""
+        super().load_state_dict(state_dict)
+        self._resumed = state_dict.get("place")
+        if self._resumed is not None and self.cfg.SEED < 0:
+            self.seed = self._resumed["seed"]
+
+    def before_train(self) -> None:
+        """Where the run goes on from a checkpoint, the end of its iteration is done first: a checkpoint is written
+        before the evaluation and the metrics of its iteration."""
+        super().before_train()
+        if self._metrics_file is not None and self.start_iter > 0:
+            written = self.start_iter - 1
+            self._metrics_file.go_on_after((self._resumed or {}).get("metrics_written", written))
+        if self._resumed is None:
+            return
+        put_scalars_back(self.storage, self._resumed["scalars"])
+        if self._checkpoints is not None:
+            self._checkpoints.go_on_with(self._resumed["checkpoints"])
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._after_checkpoint():
+            hook.after_step()
+        self.iter = self.start_iter
+
+    def _after_checkpoint(self) -> list[HookBase]:
+        """Hooks that come after the one that writes checkpoints; the evaluation is the first."""
+        is_evaluation = [isinstance(hook, EvalHook) for hook in self._hooks]
+        return self._hooks[is_evaluation.index(True) :]
+
+    def run_step(self) -> None:
+        """A step whose random numbers follow from the seed, the iteration and the process alone."""
+        seed_all(derived_seed(STEP, self.seed, self.iter, comm.get_rank()))
+        super().run_step()
+
+    def after_train(self) -> None:
+        """A run that had nothing left to do is where it was; what failed is not evaluated."""
+        self.iter = min(self.iter, max(self.max_iter, self.start_iter))
+        if sys.exc_info()[0] is not None:
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
+        super().after_train()
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, the memory of a GPU, the figures of the teacher's cache, and the plain student at the
-        end."""
+        """Detectron2's hooks with checkpoints of this project's own, the best weights, the memory of a GPU, the
+        figures of the teacher's cache, and the plain student at the end."""
+        cfg = self.cfg
         ret = super().build_hooks()
         if self.cfg.MODEL.DEVICE.startswith("cuda"):
             ret.insert(0, GpuMemory())  # before the writers
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
         if teacher is not None and teacher.cache is not None:
             ret.insert(0, CacheFigures(teacher.cache))
+        if comm.is_main_process():
+            self._checkpoints = Checkpoints(
+                self.checkpointer,
+                period=cfg.SOLVER.CHECKPOINT_PERIOD,
+                keep=cfg.SOLVER.CHECKPOINTS_KEPT,
+            )
+            ret = [self._checkpoints if isinstance(h, PeriodicCheckpointer) else h for h in ret]
         if comm.is_main_process() and not self.is_preparation:
+            if metric := best_metric(cfg):
+                best = KeepBest(self.checkpointer, metric, resumed=lambda: self.start_iter > 0)
+                ret.insert(-1, best)  # after the evaluation, before the writers
             ret.append(SaveStudent())
         return ret
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, of which metrics.json can go on at a checkpoint."""
+        folder = self.cfg.OUTPUT_DIR
+        self._metrics_file = MetricsFile(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(folder)]
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader | MixedLoader:
         """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes; where
         ``DATASETS.UNLABELED`` names sets, ``UNLABELED_PER_BATCH / ACCUMULATION_STEPS`` of them without labels."""
         steps = cfg.SOLVER.ACCUMULATION_STEPS
         total = cfg.SOLVER.IMS_PER_BATCH // steps
         if len(cfg.DATASETS.UNLABELED) == 0:
-            return build_detection_train_loader(
-                cfg, mapper=training_mapper(cfg), total_batch_size=total
-            )
+            return labeled_loader(cfg, training_mapper(cfg), total)
         unlabeled = cfg.SOLVER.UNLABELED_PER_BATCH // steps
-        labeled = build_detection_train_loader(
-            cfg, mapper=training_mapper(cfg), total_batch_size=total - unlabeled
-        )
+        labeled = labeled_loader(cfg, training_mapper(cfg), total - unlabeled)
         return build_mixed_loader(cfg, labeled, unlabeled)
 
     @classmethod
@@ -227,52 +335,17 @@ class Trainer(DefaultTrainer):
 
     def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once. Nothing where only a
-        part of a method is trained."""
+        part of a method is trained. All processes evaluate with the main one's buffers, as checkpoints hold them."""
         if self.is_preparation:
             return OrderedDict()
+        if isinstance(self.model, DistributedDataParallel):
+            for buffer in (
+                self.bare_model.buffers()
+            ):  # such as BatchNorm's, which each process has its own of
+                dist.broadcast(buffer, 0)
         results = evaluate(cfg, model)
         if cfg.TEST.EVAL_TEACHER and isinstance(self.bare_model, Distiller):
             if self._teacher_results is None:
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
             results["teacher"] = self._teacher_results
         return results
-
-
-class GpuMemory(HookBase):
-    """Puts the most memory that tensors took on this process's GPU so far, in MiB, into the event storage, as
-    Detectron2's own hooks print it and write it nowhere."""
-
-    def after_step(self) -> None:
-        """Evaluations before this step count too."""
-        mib = torch.cuda.max_memory_allocated() / 2**20
-        self.trainer.storage.put_scalar(GPU_MEMORY, mib, smoothing_hint=False)
-
-
-class CacheFigures(HookBase):
-    """Puts the figures of the teacher's cache into the event storage at every step, and into the log at the end."""
-
-    def __init__(self, cache: TeacherCache):
-        self.cache = cache
-
-    def after_step(self) -> None:
-        """Totals since the process began, not to be smoothed."""
-        self.trainer.storage.put_scalars(**self.cache.figures(), smoothing_hint=False)
-
-    def after_train(self) -> None:
-        """One line, also if training stopped early."""
-        logger.info(self.cache.summary())
-
-
-class SaveStudent(HookBase):
-    """After complete training, writes the plain student to ``OUTPUT_DIR/student``."""
-
-    def after_train(self) -> None:
-        """Nothing is written if training stopped early."""
-        trainer = self.trainer
-        if trainer.iter < trainer.max_iter:
-            return
-        model = trainer.bare_model
-        student = model.student if isinstance(model, Distiller) else model
-        folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
-        path = save_plain_student(student, trainer.cfg, folder)
-        logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from era.engine.trainer import STUDENT_FOLDER
+from era.engine.hooks import STUDENT_FOLDER
 from era.errors import UserError
 from era.runs.plan import FINAL, Run
 

@@ -16,8 +16,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from era.addresses import check_bases
+from era.engine.hooks import STUDENT_FOLDER
 from era.engine.preflight import build_for_evaluation
-from era.engine.trainer import STUDENT_FOLDER
 from era.modeling.distiller import Distiller
 from era.runs.plan import Run
 

@@ -9,7 +9,7 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from era.engine.trainer import GPU_MEMORY
+from era.engine.hooks import GPU_MEMORY
 from era.errors import UserError
 from era.runs.plan import Run
 

@@ -1,0 +1,75 @@
+"""What a checkpoint keeps beside weights and optimiser so that a run goes on exactly.
+
+Random numbers and the order of the pictures follow from the run's seed and the iteration
+(:mod:`era.data.seeds`, :mod:`era.data.loader`). What is left are the seed, where none was set; the last values of the
+scalars, whose medians metrics.json shows; and how far that file was written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+from detectron2.utils.events import EventStorage, JSONWriter
+
+# Scalars that tell of this process's clock: they begin anew with every process.
+CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
+WINDOW = 20  # iterations whose median Detectron2's writers show
+
+
+def scalars_of(storage: EventStorage) -> dict[str, dict]:
+    """By name, whether a scalar is smoothed and its ``[value, iteration]`` within the window that writers look at."""
+    return {
+        name: {"smooth": storage.smoothing_hints()[name], "values": _recent(history.values())}
+        for name, history in storage.histories().items()
+        if name not in CLOCK
+    }
+
+
+def _recent(values: list[tuple[float, int]]) -> list[list]:
+    since = values[-1][1] - WINDOW
+    recent = itertools.takewhile(lambda item: item[1] > since, reversed(values))
+    return [[value, iteration] for value, iteration in recent][::-1]
+
+
+def put_scalars_back(storage: EventStorage, scalars: dict[str, dict]) -> None:
+    """Inverse of :func:`scalars_of`, for a new storage."""
+    for name, scalar in scalars.items():
+        for value, iteration in scalar["values"]:
+            storage.put_scalar(name, value, smoothing_hint=scalar["smooth"], cur_iter=iteration)
+
+
+class MetricsFile(JSONWriter):
+    """Detectron2's writer of metrics.json, which can go on where a checkpoint was written.
+
+    Args:
+        path: the file; lines are appended.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path, window_size=WINDOW)
+        self.path = path
+
+    @property
+    def written(self) -> int:
+        """The last iteration of which everything was written, -1 before the first."""
+        return self._last_write
+
+    def go_on_after(self, written: int) -> None:
+        """Take the lines of later iterations out of the end of the file, for they will come again, and a line that
+        was only half written."""
+        self._last_write = written
+        with open(self.path, "rb") as file:
+            lines = file.readlines()
+        size = sum(map(len, lines))
+        while lines and _iteration(lines[-1]) > written:
+            size -= len(lines.pop())
+        os.truncate(self.path, size)
+
+
+def _iteration(line: bytes) -> float:
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
