@@ -1,5 +1,6 @@
 """Checkpoints: no pickled code, whole or not at all, the student in and out of a distiller."""
 
+import errno
 import os
 import pickle
 import sys
@@ -13,6 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from era.checkpoint import writing
 from era.checkpoint.reading import SafeCheckpointer, load_exactly
 from era.checkpoint.student import save_plain_student
 from era.checkpoint.writing import save_whole, weights_hash
@@ -138,18 +140,28 @@ def test_what_a_training_checkpoint_holds(tmp_path):
         SafeCheckpointer(other, **teacher_record(other)).load(str(tmp_path / "m.pth"))
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = str(tmp_path / "model.pth")
     save_whole({"model": {"w": torch.ones(2)}}, path)
+    own = writing._Hashed
 
-    def fail(data, target):
-        with open(target, "wb") as f:
-            f.write(b"half")
-        raise OSError("disk full")
+    class Full:
+        """The end of a disk after 40 bytes."""
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_whole({"model": {"w": torch.zeros(2)}}, path)
+        def __init__(self, file):
+            self.file, self.name = file, file.name
+
+        def write(self, data):
+            if self.file.tell() > 40:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    monkeypatch.setattr(writing, "_Hashed", lambda file: own(Full(file)))
+    with pytest.raises(
+        UserError, match=r"model\.pth cannot be written \(No space left.*MiB free"
+    ) as e:
+        save_whole({"model": {"w": torch.zeros(2)}}, path, with_hash=True)
+    assert "\n" not in str(e.value)
     assert os.listdir(tmp_path) == ["model.pth"]
     assert torch.equal(torch.load(path)["model"]["w"], torch.ones(2))
 
@@ -207,7 +219,9 @@ def test_folders_that_nothing_can_be_resumed_from(tmp_path):
     checkpointer = run_folder(tmp_path / ".", {})
     assert not checkpointer.has_checkpoint()  # teacher.pth is no checkpoint of a run
     (tmp_path / "model_0000003.pth").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"model_0000003\.pth cannot be read .* without --resume"):
+    with pytest.raises(
+        UserError, match=r"no whole checkpoint.*model_0000003\.pth: unreadable.* without --resume"
+    ):
         checkpointer.has_checkpoint()
     assert not SafeCheckpointer(torch.nn.Linear(2, 2), str(tmp_path / "new")).has_checkpoint()
 

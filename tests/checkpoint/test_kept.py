@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import cli
+from builders import cli, digest
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from era.checkpoint.reading import SafeCheckpointer
-from era.checkpoint.settings import differences
+from era.checkpoint.settings import differences, settings_of
 from era.checkpoint.writing import damage
 from era.engine.hooks import BEST, Checkpoints, KeepBest, best_metric
 from era.engine.launch import argument_parser
@@ -201,16 +202,11 @@ MISFITS = {
                  ["MODEL.ERA.NUM_BRANCHES was 4 and is 2"]),
     "architecture": (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"],
                      ["MODEL.META_ARCHITECTURE was Distiller and is GeneralizedRCNN"]),
-    "depth": (["MODEL.RESNETS.DEPTH", "26"], ["MODEL.RESNETS.DEPTH was 10 and is 26"]),
+    "depth": (["MODEL.RESNETS.DEPTH", "18"], ["MODEL.RESNETS.DEPTH was 10 and is 18"]),
 }  # fmt: skip
 
 
 def test_another_model_is_refused_before_training(tiny_data, tmp_path):
-    from builders import digest
-    from detectron2.modeling import build_model
-
-    from era.checkpoint.settings import settings_of
-
     def parsed(*opts):
         args = argument_parser().parse_args(["--resume", *cli(tiny_data, tmp_path, *opts)])
         return setup_config(args), args

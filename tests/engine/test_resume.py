@@ -1,9 +1,16 @@
 """Runs that are killed and go on end as the run that was never killed, to the bit."""
 
+import json
+import os
+import subprocess
+
 import pytest
 import torch
 from builders import cli, tiny_model
-from resume_case import Kill, difference, left_behind, run
+from resume_case import Kill, difference, left_behind, lines, run
+
+from era.checkpoint.writing import HASH
+from era.engine.resume import MetricsFile
 
 LENGTH = ["SOLVER.MAX_ITER", "24", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "2",
           "TEST.EVAL_PERIOD", "8", "SOLVER.WARMUP_ITERS", "10", "SOLVER.STEPS", "(18,)"]  # fmt: skip
@@ -72,3 +79,72 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(name, tiny
     assert not [name for name in found["files"] if name.endswith(".partial")]
     iterations = [line["iteration"] for line in found["metrics"]]
     assert len(set(iterations)) == len(iterations) and {15, 19, 23, 24} <= set(iterations)
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_as_before(tiny_data, tmp_path):
+    """Without the place in the run: with a warning, and no iteration twice in metrics.json."""
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
+    args = cli(
+        tiny_data, folder, "SOLVER.CHECKPOINT_PERIOD", "15", "DATASETS.TEST", "()", config="plain"
+    )
+    assert run([*args, "SOLVER.MAX_ITER", "22"], log=log) == 0
+    path = folder / "model_0000014.pth"
+    content = torch.load(path, weights_only=True)
+    del content["settings"], content["trainer"]["place"]
+    torch.save(content, path)
+    os.remove(f"{path}{HASH}")
+    (folder / "last_checkpoint").write_text(path.name)
+    log = tmp_path / "resumed.txt"
+    assert run(["--resume", *args, "SOLVER.MAX_ITER", "24"], log=log) == 0
+    text = log.read_text()
+    assert (
+        text.count("of a version that kept no place in the data") == 1 and "Traceback" not in text
+    )
+    iterations = [line["iteration"] for line in lines(folder)]
+    assert sorted(set(iterations)) == sorted(iterations) and {19, 23} <= set(iterations)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few MiB; skipped where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_checkpoints(small_disk, tiny_data, tmp_path):
+    args = cli(tiny_data, small_disk / "run", "SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "1",
+               "SOLVER.CHECKPOINTS_KEPT", "0", "DATASETS.TEST", "()", config="plain")  # fmt: skip
+    log = tmp_path / "log.txt"
+    assert run(args, log=log) == 2
+    text = log.read_text()
+    (told,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "cannot be written (No space left on device" in told and "--resume" in told
+    assert "Traceback" not in text and "Logging error" not in text
+    left = list((small_disk / "run").iterdir())
+    assert not [path for path in left if path.suffix == ".partial"]
+    checkpoints = [path for path in left if path.suffix == ".pth"]
+    assert len(checkpoints) > 1 and all(
+        path.with_name(path.name + HASH) in left for path in checkpoints
+    )
+    assert all("place" in torch.load(path, weights_only=True)["trainer"] for path in checkpoints)
+
+
+@pytest.mark.parametrize("written, kept", [(-1, 0), (5, 1), (19, 3), (40, 4)])
+def test_lines_that_come_again_are_taken_out(written, kept, tmp_path):
+    """Those at the end alone: what an earlier run left in the same file stays. And half a line goes."""
+    path = tmp_path / "metrics.json"
+    iterations = [3, 19, 7, 39] if written != -1 else [19, 7, 39]
+    text = [json.dumps({"iteration": i}) + "\n" for i in iterations]
+    path.write_text("".join(text) + '{"iteration": 4')
+    file = MetricsFile(str(path))
+    file.go_on_after(written)
+    assert path.read_text() == "".join(text[:kept])
+    assert file.written == written
+    file.close()

@@ -292,7 +292,7 @@ def test_resuming_without_a_usable_marker(tiny_data, tmp_path):
     assert fresh.start_iter == 0
     for path in tmp_path.glob("*.pth"):
         path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no other checkpoint to resume from"):
+    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
         train_net(["--resume", *args])
     assert all(path.read_bytes() == b"nothing" for path in tmp_path.glob("*.pth"))
 
