@@ -4,7 +4,8 @@ Checked against Detectron2 0.6 at upstream's commit a59f0563 (2024-04-17, the wh
 ``tools/install_detectron2.py`` installs): look here first when another version behaves differently. Two
 classes override protected methods of their Detectron2 base, and pass on to it, of the same version:
 ``SafeCheckpointer`` (``_load_file``, ``_load_model``, ``_torch_load``; fvcore 0.1.5) and ``DetectionEvaluator``
-(``_derive_coco_results``).
+(``_derive_coco_results``); two use a protected attribute of theirs: ``MetricsFile`` (``JSONWriter._last_write``) and
+``Trainer`` (``TrainerBase._hooks``).
 """
 
 from __future__ import annotations

@@ -88,12 +88,11 @@ def write_text_whole(text: str, path: str) -> None:
 
 
 def cannot_be_written(path: str, error: OSError) -> UserError:
-    """The sentence about a file that a run could not write."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        free = f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
-    except OSError:
-        free = ""
+    """The sentence about a file that a run could not write; of a path with a folder, also how much room there is."""
+    folder = os.path.dirname(path)
+    free = (
+        f", {shutil.disk_usage(folder).free / 2**20:.0f} MiB free" if os.path.isdir(folder) else ""
+    )
     return UserError(
         f"{path} cannot be written ({error.strerror or error}{free}): what was written before is whole; make room or "
         "mend the folder, then go on with --resume, or choose another OUTPUT_DIR."

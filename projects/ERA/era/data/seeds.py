@@ -15,7 +15,9 @@ import torch
 
 # What a seed is derived for: the first of the parts of derived_seed.
 STEP, ORDER, PICTURE, WORKERS, PRECISE_BN = range(5)
-_SPARE = np.random.MT19937(0)  # takes numpy's place for a while: reading and writing its state takes 20 times as long
+_SPARE = np.random.MT19937(
+    0
+)  # takes numpy's place for a while: reading and writing its state takes 20 times as long
 
 
 def derived_seed(purpose: int, *parts: int) -> int:

@@ -42,7 +42,9 @@ class Checkpoints(HookBase):
 
     def before_train(self) -> None:
         """What a process that was killed left half written goes."""
-        remove(*glob.glob(os.path.join(glob.escape(self.checkpointer.save_dir), f"*{PARTIAL}")))
+        folder = glob.escape(self.checkpointer.save_dir)
+        for name in ("*.pth", f"*{HASH}", "last_checkpoint"):
+            remove(*glob.glob(os.path.join(folder, name + PARTIAL)))
 
     def after_step(self) -> None:
         """Raises UserError where a checkpoint cannot be written."""

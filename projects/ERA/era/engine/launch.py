@@ -192,7 +192,11 @@ def run_process(args: argparse.Namespace) -> dict | None:
 
 @contextmanager
 def _full_disk_in_one_sentence():
-    """Whatever a full disk kept from being written, a UserError; the first that was, for others follow."""
+    """Whatever a full disk kept from being written, a UserError; the first that was, for others follow.
+
+    What the log cannot take is dropped without a traceback each.
+    """
+    logged, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
     except OSError as e:
@@ -201,7 +205,9 @@ def _full_disk_in_one_sentence():
         earlier = e.__context__
         while earlier is not None and not isinstance(earlier, UserError):
             earlier = earlier.__context__
-        raise (earlier or cannot_be_written(e.filename or "a file of the run", e)) from e
+        raise (earlier or cannot_be_written(e.filename or "a file of OUTPUT_DIR", e)) from e
+    finally:
+        logging.raiseExceptions = logged
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

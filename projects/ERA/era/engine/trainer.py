@@ -232,7 +232,7 @@ class Trainer(DefaultTrainer):
         state = super().state_dict()
         state["place"] = {
             "seed": self.seed,
-            "scalars": scalars_of(self.storage),
+            "scalars": scalars_of(self.storage) if hasattr(self, "storage") else {},
             "metrics_written": self._metrics_file.written if self._metrics_file else -1,
             "checkpoints": self._checkpoints.names if self._checkpoints else [],
         }
