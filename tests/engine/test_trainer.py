@@ -356,7 +356,8 @@ def test_the_memory_of_a_gpu_is_a_scalar_that_is_written(monkeypatch):
     monkeypatch.setattr(DefaultTrainer, "build_hooks", lambda self: [writer])
     monkeypatch.setattr(Trainer, "bare_model", None)  # no distiller
     trainer = Trainer.__new__(Trainer)
+    trainer.checkpointer = None
     for device, expected in (("cuda:0", GpuMemory), ("cpu", object)):
-        trainer.cfg = SimpleNamespace(MODEL=SimpleNamespace(DEVICE=device))
+        trainer.cfg = tiny_cfg("plain", "MODEL.DEVICE", device)
         hooks = trainer.build_hooks()
         assert type(hooks[0]) is expected and writer in hooks
