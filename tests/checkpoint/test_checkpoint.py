@@ -93,6 +93,28 @@ def test_the_four_ways_between_distilled_and_plain(tmp_path):
     assert same(load("plain", distilled_path), distiller.student)
 
 
+def test_a_run_begins_with_the_student_alone_and_resumes_with_its_methods(tmp_path):
+    """Of the distilled file of another run; its own last checkpoint is read whole."""
+    earlier, own, built = (tiny_model("era", seed=seed) for seed in (1, 2, 3))
+    (tmp_path / "earlier").mkdir()
+    SafeCheckpointer(earlier, str(tmp_path / "earlier")).save("model_final")
+    start = str(tmp_path / "earlier" / "model_final.pth")
+    state = weights_hash(built.methods.state_dict())
+    checkpointer = SafeCheckpointer(built, str(tmp_path))
+    for resume in (False, True):  # there is nothing to resume from
+        checkpointer.resume_or_load(start, resume=resume)
+        assert weights_hash(built.student.state_dict()) == weights_hash(
+            earlier.student.state_dict()
+        )
+        assert weights_hash(built.methods.state_dict()) == state and not checkpointer.filled_methods
+
+    SafeCheckpointer(own, str(tmp_path)).save("model_0000009", trainer={}, iteration=9)
+    checkpointer.resume_or_load(start, resume=True)
+    assert weights_hash(built.state_dict()) == weights_hash(own.state_dict())
+    checkpointer.load(start)  # as for an evaluation
+    assert weights_hash(built.state_dict()) == weights_hash(earlier.state_dict())
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -31,7 +31,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     the student inside a :class:`~era.modeling.distiller.Distiller`.
 
     Four cases load alike: a distilled or a plain file into a distiller or a plain model. A plain file
-    fills a distiller's student; a distilled file gives a plain model its student.
+    fills a distiller's student; a distilled file gives a plain model its student, and a distiller that begins
+    to train from it (:meth:`resume_or_load`) likewise.
 
     Args:
         model, save_dir, save_to_disk, checkpointables: as fvcore's.
@@ -47,6 +48,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     incompatible = None
     filled_methods = False
     _told = ""
+    _student_alone = False  # whether a distilled file's modules of methods are left out
     _resuming = ""  # the file while it is resumed from
 
     def __init__(
@@ -62,14 +64,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.settings = settings or {}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As fvcore's; what is resumed from must fill the model exactly, and other settings are warned of.
+        """As fvcore's; what is resumed from must fill the model exactly, and other settings are warned of. A run that
+        does not resume takes the student alone from a distilled file: the modules of its methods were trained with
+        another run's teacher and settings, and begin as this run built them.
 
         Raises:
             UserError: as :meth:`load` and :meth:`get_checkpoint_file`, or the checkpoint is of another model.
         """
         found = self.get_checkpoint_file() if resume else ""
         if not found:
-            return self.load(path, checkpointables=[])
+            self._student_alone = True
+            try:
+                return self.load(path, checkpointables=[])
+            finally:
+                self._student_alone = False
         self._resuming = found
         try:
             return self.load(found)
@@ -121,16 +129,16 @@ class SafeCheckpointer(DetectionCheckpointer):
         return torch.load(f, map_location="cpu", weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        weights = checkpoint["model"]
+        weights, student = checkpoint["model"], getattr(self.model, "student", None)
         is_distilled = any(key.startswith(STUDENT_PREFIX) for key in weights)
-        student = getattr(self.model, "student", None)
+        takes_student = is_distilled and (student is None or self._student_alone)
+        if takes_student:
+            weights = checkpoint["model"] = strip_student(weights)
         self.filled_methods = student is not None and any(k.startswith("methods.") for k in weights)
-        if student is not None and not is_distilled:
+        if student is not None and (takes_student or not is_distilled):
             inner = SafeCheckpointer(student)
             self.incompatible = inner._load_model(checkpoint)
         else:
-            if student is None and is_distilled:
-                checkpoint["model"] = strip_student(weights)
             self.incompatible = super()._load_model(checkpoint)
         if self._resuming:
             problems = misfits(self.incompatible)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.settings import settings_of
 from era.checkpoint.teacher import TeacherRecord
-from era.config import load_config, student_config, validate_config
+from era.config import INHERIT_NOTHING, load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.data.unlabeled import check_unlabeled
 from era.engine.schedule import scale_to_world
@@ -97,8 +97,11 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         if args.eval_only:
             build_for_evaluation(cfg, resume=args.resume)
         else:
-            checkpointer = SafeCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, settings=settings)
+            model = build_model(cfg)
+            checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            if not (args.resume and checkpointer.has_checkpoint()):
+                check_start(cfg, model, checkpointer)
 
 
 @contextmanager
@@ -111,6 +114,27 @@ def _quiet(*names: str):
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def check_start(cfg: CfgNode, model: nn.Module, checkpointer: SafeCheckpointer) -> None:
+    """A student's heads start from one place, after a load of ``MODEL.WEIGHTS``: from that file, or from the teacher.
+
+    A file of a backbone, or of a detector of other classes, leaves weights of the heads as they were built, and what is
+    inherited undoes nothing that was learnt for this student.
+
+    Raises:
+        UserError: the file brought all of the heads, and ``MODEL.DISTILLER.INIT_STUDENT`` would put the teacher's there.
+    """
+    inherited = cfg.MODEL.DISTILLER.INIT_STUDENT
+    if not is_distiller(cfg) or inherited == INHERIT_NOTHING or checkpointer.incompatible is None:
+        return
+    heads = model.detector.inheritable(fpn=False)
+    if heads.keys().isdisjoint(checkpointer.incompatible.missing_keys):
+        raise UserError(
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS!r} brings a student with trained heads, and MODEL.DISTILLER.INIT_STUDENT "
+            f"{inherited} would put the teacher's in their place: set MODEL.DISTILLER.INIT_STUDENT none to go on from "
+            "that student, or name a file of a backbone alone in MODEL.WEIGHTS."
+        )
 
 
 def check_data(cfg: CfgNode, *, for_training: bool) -> None:

@@ -40,7 +40,7 @@ from era.engine.hooks import (
     SaveStudent,
     best_metric,
 )
-from era.engine.preflight import teacher_record
+from era.engine.preflight import check_start, teacher_record
 from era.engine.resume import MetricsFile, put_scalars_back, scalars_of
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
@@ -209,6 +209,7 @@ class Trainer(DefaultTrainer):
         resumed = resume and self.checkpointer.has_checkpoint()
         inherited = self.cfg.MODEL.DISTILLER.INIT_STUDENT
         if is_distiller(self.cfg) and inherited != INHERIT_NOTHING and not resumed:
+            check_start(self.cfg, self.bare_model, self.checkpointer)
             self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
         if self._resumed is not None:
             self._begin_data_at(self.start_iter)

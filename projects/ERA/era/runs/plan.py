@@ -14,9 +14,10 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from era.config import load_config, validate_config
+from era.config import INHERIT_NOTHING, load_config, validate_config
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
+from era.registry import is_distiller
 from era.runs.schema import Plan, Variant
 
 LOG = "train.log"  # what a run would have written to the screen
@@ -104,7 +105,7 @@ def make_runs(
             paced = [tuple(name_of(other, s) for s in seeds) for other in variant.pace]
             needed = [name_of(other, seed) for other in variant.needs if other not in given]
             sources = [(k, name_of(v, seed)) for k, v in variant.weights.items() if v not in given]
-            is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
+            distils = is_distiller(cfg)
             mode = ["--eval-only"] if variant.evaluates else []
             mode += ["--num-gpus", str(plan.num_gpus)] if plan.num_gpus > 1 else []
             script = [sys.executable, "-u", "tools/train_net.py", "--config-file", variant.config]
@@ -120,10 +121,8 @@ def make_runs(
                     seed=seed,
                     is_teacher=variant.is_teacher,
                     is_part=variant.is_part,
-                    methods=tuple(cfg.MODEL.DISTILLER.METHODS) if is_distiller else (),
-                    inherited=INHERITED[cfg.MODEL.DISTILLER.INIT_STUDENT]
-                    if is_distiller
-                    else NOTHING,
+                    methods=tuple(cfg.MODEL.DISTILLER.METHODS) if distils else (),
+                    inherited=INHERITED[cfg.MODEL.DISTILLER.INIT_STUDENT] if distils else NOTHING,
                     depends_on=tuple(dict.fromkeys(sum(paced, tuple(needed)))),
                     evaluates=name_of(variant.evaluates, seed) if variant.evaluates else None,
                     time_of=paced[0] if paced else (),
@@ -144,6 +143,16 @@ def _checked_config(name: str, variant: Variant, opts: Sequence[str], num_gpus: 
         raise UserError(
             f"DATASETS.TEST of the run {name} has {len(cfg.DATASETS.TEST)} datasets: a plan compares its "
             "runs on exactly one; name one."
+        )
+    inherited = cfg.MODEL.DISTILLER.INIT_STUDENT if is_distiller(cfg) else INHERIT_NOTHING
+    goes_on = "MODEL.WEIGHTS" in variant.weights and not variant.evaluates
+    if (
+        goes_on and inherited != INHERIT_NOTHING
+    ):  # said here, before what it goes on from is trained
+        raise UserError(
+            f"MODEL.DISTILLER.INIT_STUDENT of the run {name} is {inherited}, which would put the teacher's heads in the "
+            f"place of those that {variant.weights['MODEL.WEIGHTS']} trained (MODEL.WEIGHTS): set it to none in the "
+            "overrides of that run."
         )
     scaled = cfg if variant.evaluates else scale_to_world(cfg, num_gpus)
     if variant.pace and scaled is not cfg:
