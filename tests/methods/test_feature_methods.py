@@ -13,7 +13,7 @@ from era.engine.trainer import StepTrainer
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY
 
-NAMES = ("PKD", "Mimic", "CWD", "MGD", "ReviewKD", "FGD")
+NAMES = ("PKD", "Mimic", "CWD", "MGD", "MTPD", "ReviewKD", "FGD")
 WEIGHTS = {
     "FGD": ("FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "ATTENTION_WEIGHT", "GLOBAL_WEIGHT"),
 }
@@ -111,7 +111,12 @@ def test_together_and_with_era_the_losses_add_up():
 def test_pictures_without_labels(name):
     """The same pictures without and with labels: losses that need no ground truth are the mean over both, FGD's others
     those of the labelled ones."""
-    no_mask = ["MODEL.MGD.MASK_RATIO", "0.0"]  # other pictures have other masks
+    no_mask = [
+        "MODEL.MGD.MASK_RATIO",
+        "0.0",
+        "MODEL.MTPD.MASK_RATIO",
+        "0.0",
+    ]  # other pictures have other masks
     model = tiny_model("era", *options(name), *weights(name, 1), *no_mask)
     assert model.label_free == (name.lower(),)
     labelled = batch()
@@ -136,7 +141,7 @@ def test_half_precision_is_finite_and_close(name, dtype):
 
 def test_steps_in_half_precision_bring_the_losses_down():
     """All methods at once, float16 with its loss scaling, from the teacher's maps far away."""
-    scales = {"MGD": 1e-4, "FGD": 1e-4}  # sums over positions
+    scales = {"MGD": 1e-4, "MTPD": 1e-4, "FGD": 1e-4}  # sums over positions
     each = [x for name in NAMES for x in weights(name, scales.get(name, 0.2))]
     model = tiny_model("era", *options(*NAMES), *each).train()
     trainer = StepTrainer(

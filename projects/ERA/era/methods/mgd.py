@@ -84,10 +84,10 @@ class MGD(FeatureMethod):
     def check_config(cls, cfg: CfgNode) -> None:
         """And a share of positions that leaves some."""
         super().check_config(cfg)
-        if not 0.0 <= cfg.MODEL.MGD.MASK_RATIO < 1.0:
+        name, keys = cls.keys(cfg)
+        if not 0.0 <= keys.MASK_RATIO < 1.0:
             raise UserError(
-                f"MODEL.MGD.MASK_RATIO is {cfg.MODEL.MGD.MASK_RATIO}: expected a share of positions from 0 up to "
-                "below 1."
+                f"{name}.MASK_RATIO is {keys.MASK_RATIO}: expected a share of positions from 0 up to below 1."
             )
 
     @configurable
@@ -104,9 +104,9 @@ class MGD(FeatureMethod):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
-        """Read ``MODEL.MGD``."""
+        """Read ``MODEL.MGD``, or the keys of that name of a subclass."""
         common = super().from_config(cfg, student, teacher)
-        return {**common, "mask_ratio": cfg.MODEL.MGD.MASK_RATIO}
+        return {**common, "mask_ratio": cls.keys(cfg)[1].MASK_RATIO}
 
     def feature_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
         """See the class; summed over levels."""
