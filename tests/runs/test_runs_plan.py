@@ -259,7 +259,8 @@ def test_the_benchmarks_have_one_teacher_and_equal_terms(name, pictures, tmp_pat
         if not run.evaluates and not run.time_of:  # evaluations, and what trains for another's time
             terms.setdefault(run.variant.rsplit("_", 1)[0], set()).add((run.seed, run.iterations))
     assert set(terms) >= {"plain", "plain_init", "pkd", "era", "era_n0"}
-    assert len(terms["plain"]) == 6 and all(term == terms["plain"] for term in terms.values())
+    assert len(terms["plain"]) == len(plan.seeds) * len({length for _, length in terms["plain"]})
+    assert len(terms["plain"]) >= 6 and all(term == terms["plain"] for term in terms.values())
     methods = {run.variant: run.config.MODEL.ERA for run in students}
     assert (methods["era_short"].NUM_BRANCHES, methods["era_n0_short"].NUM_BRANCHES) == (4, 0)
     assert plan.results == Path("docs/results") / name
