@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from era.errors import UserError
-from era.study.adaptation import MAX_POSITIONS, Moments, teacher_order
+from era.study.adaptation import MAX_POSITIONS, Moments, no_nearer, teacher_order
 from era.study.adaptation_cli import Source, common_levels, main
 
 
@@ -75,37 +75,34 @@ def test_a_large_map_is_thinned():
     assert 65 * 50 == found.count <= MAX_POSITIONS
 
 
-def made_up(**rows):
-    """Costs from S, A, B, C, D to these."""
-    names = ("S", "A", "B", "C", "D")
-    return {name: dict(zip(names, rows[name], strict=True)) for name in names}
+def made_up(names, *rows):
+    """Costs from each of these (rows) to each (columns)."""
+    return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, rows, strict=True)}
 
 
 def test_the_order_by_hand():
-    """To D, cost(S, D) = 0.9: B is nearest of those that lie between (0.2). To B, 0.6: A (0.3, and 0.5 from S). To A,
-    0.5: C would be nearer to it, but is as far from S as A is, so the sequence begins with A."""
-    found = made_up(
-        S=[0.0, 0.5, 0.6, 0.5, 0.9],
-        A=[0.4, 0.0, 0.3, 0.2, 0.4],
-        B=[0.4, 0.3, 0.0, 0.2, 0.2],
-        C=[0.4, 0.2, 0.4, 0.0, 0.3],
-        D=[0.1, 0.1, 0.1, 0.1, 0.0],
+    """To D: B 0.2, C 0.3, A 0.4. To B: A 0.3, C 0.4, and that A and C are near to each other does not count. Then C."""
+    costs = made_up(
+        "ABCD",
+        (0.0, 0.3, 0.1, 0.4),
+        (0.5, 0.0, 0.5, 0.2),
+        (0.1, 0.4, 0.0, 0.3),
+        (0.0, 0.0, 0.0, 0.0),
     )
-    assert teacher_order(found, "S", "D") == ["A", "B", "D"]
-    found["C"]["B"] = 0.29
-    assert teacher_order(found, "S", "D") == ["C", "B", "D"]
+    assert teacher_order(costs, "D") == ["C", "A", "B", "D"]
+    assert teacher_order(costs, "A") == ["C", "B", "D", "A"]
+    costs["C"]["B"] = 0.3  # equal: the first
+    assert teacher_order(costs, "D") == ["C", "A", "B", "D"]
 
 
-def test_teachers_that_are_no_way_are_left_out():
-    """One that is harder to reach than the strongest, one from which that is no nearer than from the student."""
-    found = made_up(
-        S=[0.0, 0.8, 0.1, 0.9, 0.7],
-        A=[0.0, 0.0, 0.0, 0.0, 0.1],
-        B=[0.0, 0.0, 0.0, 0.0, 0.7],
-        C=[0.0, 0.0, 0.0, 0.0, 0.0],
-        D=[0.0, 0.0, 0.0, 0.0, 0.0],
+def test_teachers_that_shorten_no_way_by_hand():
+    """From S to C it is 0.5: from B 0.5 too. To B it is 0.6, from A 0.4."""
+    costs = made_up(
+        "SABC", (0.0, 0.9, 0.6, 0.5), (0.0, 0.0, 0.4, 0.1), (0.0, 0.0, 0.0, 0.5), (0.0,) * 4
     )
-    assert teacher_order(found, "S", "D") == ["D"]
+    assert no_nearer(costs, "S", ["A", "B", "C"]) == ["B"]
+    costs["S"]["C"] = 0.51
+    assert no_nearer(costs, "S", ["A", "B", "C"]) == []
 
 
 # ---- the command --------------------------------------------------------------------------------------
@@ -145,11 +142,11 @@ def test_the_command_prints_and_writes(detectors, tmp_path):
         "adaptation_cost.py", *arguments(detectors, output, "--levels", "p3", "p4", "--pictures", "12")
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "order: student -> " in done.stdout and "12/12" in done.stderr
+    assert "order: student -> weak (" in done.stdout and "12/12" in done.stderr
     found = json.loads(output.read_text())
     names = ["student", "weak", "strong"]
     assert list(found["costs"]) == list(found["detectors"]) == names
-    assert found["order"][-1] == "strong" and found["dataset"] == "tiny_train"
+    assert found["order"] == ["weak", "strong"] and found["dataset"] == "tiny_train"
     assert found["pictures"] == 12 and found["positions"] == {"p3": 12 * 64, "p4": 12 * 16}
     for a in names:
         assert found["costs"][a][a] < 1e-9

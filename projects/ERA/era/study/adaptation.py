@@ -3,7 +3,7 @@
 Inspired by Cao et al., "Learning Lightweight Object Detectors via Multi-Teacher Progressive Distillation", arXiv
 2308.09105, whose code for this part was not released: that the cost is the smallest loss of a learned 1x1 map between
 frozen maps, and that teachers are chosen backwards from the strongest one, is from memory. How the loss is standardised
-and when the choice ends is this project's, see :class:`Moments` and :func:`teacher_order`.
+(:class:`Moments`), and what is said of teachers that shorten no way (:func:`no_nearer`), is this project's.
 """
 
 from __future__ import annotations
@@ -85,27 +85,25 @@ def least_squares_cost(covariance: Tensor, a: slice, b: slice) -> float:
     return (1 - explained / total).clamp(0, 1).item()
 
 
-def teacher_order(
-    costs: Mapping[str, Mapping[str, float]], student: str, strongest: str
-) -> list[str]:
-    """The sequence of teachers for a student, weak to strong, chosen backwards and greedily.
-
-    From the strongest teacher on, the one before a teacher T is that of the smallest cost to T among those which stand
-    between the student S and it: ``cost(X, T) < cost(S, T)`` and ``cost(S, X) < cost(S, T)``. Where none does, the
-    sequence begins; teachers that are left over are in nobody's way.
+def teacher_order(costs: Mapping[str, Mapping[str, float]], strongest: str) -> list[str]:
+    """Teachers from weak to strong, chosen backwards and greedily: from the strongest on, the one before a teacher is
+    that of the smallest cost to it among those which are not in the sequence yet.
 
     Args:
-        costs: from a detector to another, by their names.
-        student, strongest: names; all others are teachers too.
+        costs: from a teacher to another, by their names, in the order in which equal costs are taken.
+        strongest: the last one's name.
     """
     found = [strongest]
-    left = [name for name in costs if name not in (student, strongest)]
-    while True:
-        goal = found[0]
-        direct = costs[student][goal]
-        between = [x for x in left if costs[x][goal] < direct and costs[student][x] < direct]
-        if not between:
-            return found
-        best = min(between, key=lambda name: costs[name][goal])
+    left = [name for name in costs if name != strongest]
+    while left:
+        left.remove(best := min(left, key=lambda name: costs[name][found[0]]))
         found.insert(0, best)
-        left.remove(best)
+    return found
+
+
+def no_nearer(
+    costs: Mapping[str, Mapping[str, float]], student: str, order: Sequence[str]
+) -> list[str]:
+    """Teachers of a sequence that are as far from the next one as the student itself, or farther: by this cost they
+    shorten no way. The paper, as far as it is remembered, has no such test; it changes no order."""
+    return [a for a, b in pairwise(order) if costs[a][b] >= costs[student][b]]

@@ -27,7 +27,7 @@ from era.methods.checks import check_level_names, check_levels
 from era.modeling.detectors import family_of
 from era.modeling.teacher import Teacher
 from era.runs import tables
-from era.study.adaptation import Moments, teacher_order
+from era.study.adaptation import Moments, no_nearer, teacher_order
 
 STUDENT = "student"  # its name in the table
 LEVELS = ("p2", "p3", "p4", "p5")  # those of them that all detectors have; p6 is a part of p5
@@ -39,8 +39,8 @@ Measure MTPD's adaptation cost between detectors and order teachers by it, weak 
 
 The cost from A to B is the squared error of the best 1x1 convolution from A's FPN maps to B's over that of the best
 constant: 0 if B's maps are a linear image of A's, 1 if A's say nothing of them; a mean over levels. The order is
-chosen backwards from the strongest teacher: before each comes the one of the smallest cost to it that is nearer to it
-than the student and nearer to the student than it. Inspired by the paper, whose code for this part is not released.
+chosen backwards from the strongest teacher: before each comes the one of the smallest cost to it among those that are
+left. Inspired by the paper, whose code for this part is not released.
 """
 
 EPILOG = """\
@@ -118,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         a: {b: sum(found[a][b] for found in by_level.values()) / len(levels) for b in names}
         for a in names
     }
-    order = teacher_order(costs, STUDENT, names[-1])
+    order = teacher_order({name: costs[name] for name in names[1:]}, names[-1])
+    needless = no_nearer(costs, STUDENT, order)
     print(tables.terminal(["from \\ to", *names], [[a, *(f"{costs[a][b]:.3f}" for b in names)] for a in names]))  # fmt: skip
-    print(f"\n{in_words(costs, order)}")
+    print(f"\n{in_words(costs, order, needless)}")
     found = {
         "dataset": dataset,
         "pictures": len(entries),
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "costs": costs,
         "costs_by_level": by_level,
         "order": order,
+        "no_nearer_than_the_student": needless,
         "versions": environment.versions(),
         "machine": environment.machine(),
     }
@@ -285,12 +287,16 @@ def named(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> dict[str, 
     return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, matrix, strict=True)}
 
 
-def in_words(costs: Mapping[str, Mapping[str, float]], order: Sequence[str]) -> str:
-    """The sequence with the cost of each step, beside the direct one's."""
-    way = [STUDENT, *order]
-    steps = " ".join(f"-> {b} ({costs[a][b]:.3f})" for a, b in pairwise(way))
-    text = f"order: {STUDENT} {steps}"
-    if len(order) > 1:
-        text += f"; without the others: {STUDENT} -> {order[-1]} ({costs[STUDENT][order[-1]]:.3f})"
-    left = [name for name in costs if name not in way]
-    return text + (f"\nleft out, for they do not stand between: {', '.join(left)}" if left else "")
+def in_words(
+    costs: Mapping[str, Mapping[str, float]], order: Sequence[str], needless: Sequence[str]
+) -> str:
+    """The sequence with the cost of each step beside the student's own to there, and which teachers shorten no way."""
+    steps = [f"{STUDENT} -> {order[0]} ({costs[STUDENT][order[0]]:.3f})"]
+    steps += [
+        f"{b} ({costs[a][b]:.3f}, from the {STUDENT} {costs[STUDENT][b]:.3f})"
+        for a, b in pairwise(order)
+    ]
+    text = f"order: {' -> '.join(steps)}"
+    if needless:
+        text += f"\nno nearer to the next one than the {STUDENT} is, by this cost: {', '.join(needless)}"
+    return text
