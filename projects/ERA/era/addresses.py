@@ -14,6 +14,8 @@ from fvcore.common.config import BASE_KEY
 
 from era.errors import UserError
 
+LARGEST_CONFIG = 1 << 20  # bytes
+MOST_VALUES = 100_000  # in a config; Detectron2 has about 200 keys
 # What Detectron2 can fetch. The last two name files of its own model zoo.
 SCHEMES = ("http", "https", "ftp", "detectron2", "catalog")
 
@@ -84,8 +86,8 @@ def check_bases(config_file: str, *, what: str, _derived: tuple[str, ...] = ()) 
         what: how a message names the source of the file.
 
     Raises:
-        UserError: a base is an address or no path, or a file is its own base.
-        OSError, yaml.YAMLError: a file cannot be read.
+        UserError: a base is an address or no path, a file is its own base, or holds no mapping or too much.
+        OSError, RecursionError, yaml.YAMLError: a file cannot be read.
     """
     derived = (*_derived, os.path.realpath(config_file))
     if derived[-1] in _derived:
@@ -93,9 +95,8 @@ def check_bases(config_file: str, *, what: str, _derived: tuple[str, ...] = ()) 
             f"{what} {config_file} is its own {BASE_KEY}, directly or through other files: expected a chain "
             "of bases that ends; remove one of them."
         )
-    with open(config_file, encoding="utf-8") as f:
-        content = yaml.safe_load(f)
-    bases = content.get(BASE_KEY, []) if isinstance(content, dict) else []
+    content = _read_yaml(config_file, what=what)
+    bases = content.get(BASE_KEY, [])
     for base in bases if isinstance(bases, list) else [bases]:
         # As Detectron2 looks for it: relative to the file that names it.
         path = isinstance(base, str) and os.path.join(
@@ -107,3 +108,33 @@ def check_bases(config_file: str, *, what: str, _derived: tuple[str, ...] = ()) 
                 "file, for configs are never downloaded; fetch the file, read it, and name its path."
             )
         check_bases(path, what=what, _derived=derived)
+
+
+def _read_yaml(config_file: str, *, what: str) -> dict:
+    """The keys and values of one file, which are few enough to be copied and printed."""
+    expected = "expected YAML with the keys of Detectron2 and of this project; correct the file."
+    size = os.path.getsize(config_file)
+    if size > LARGEST_CONFIG:
+        raise UserError(f"{what} {config_file} has {size} bytes, too many for a config: {expected}")
+    with open(config_file, encoding="utf-8") as f:
+        content = yaml.safe_load(f)
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds a {type(content).__name__}, no mapping"
+        raise UserError(f"{what} {config_file} {found}: {expected}")
+    if _count(content, {}) > MOST_VALUES:
+        raise UserError(
+            f"{what} {config_file} stands for more than {MOST_VALUES} values, for it repeats itself by anchors "
+            f"(& and *): {expected}"
+        )
+    return content
+
+
+def _count(value: object, known: dict[int, float]) -> float:
+    """Values in a value, those that stand in several places as often; endless if it contains itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = float("inf")  # while its parts are counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]

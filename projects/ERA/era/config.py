@@ -5,23 +5,38 @@ Every other key belongs to a method and stands in the method's file (``Method.ad
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Sequence
 
-import yaml
-from detectron2 import model_zoo
+from detectron2 import model_zoo, modeling
 from detectron2.config import CfgNode, get_cfg
 
 from era.addresses import check_bases, is_remote
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY, is_distiller, label_free_methods, methods_of
+from era_runtime.pictures import MAX_PIXELS
 
 CHANNELS_LAST = ("auto", "always", "never")
 AMP_DTYPES = ("auto", "float16", "bfloat16")
 CACHE_DTYPES = ("float32", "float16")
+ON_BAD_IMAGE = ("stop", "skip")
 # MODEL.DISTILLER.INIT_STUDENT
 INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN = "none", "heads", "fpn_and_heads"
 INHERITANCE = (INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN)
+
+# Which registry of Detectron2 knows the name at a key.
+PARTS = {
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.DISTILLER.STUDENT_META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
+}
 
 
 def add_era_config(cfg: CfgNode) -> None:
@@ -91,6 +106,11 @@ def add_era_config(cfg: CfgNode) -> None:
     # The weights of the evaluation with the highest value of this stay in model_best.pth: bbox/AP, segm/AP or another
     # name in metrics.json, without the set's; of the first of DATASETS.TEST. "" = none; only with TEST.EVAL_PERIOD.
     _C.TEST.BEST_METRIC = "bbox/AP"
+    # A picture that cannot be used (absent, damaged, of another size than its annotation says): "stop" ends the
+    # run, "skip" puts another one in its place in training and counts it as without detections in evaluation.
+    _C.INPUT.ON_BAD_IMAGE = "stop"
+    # Most pixels (width x height) of a picture that is decoded; this is Pillow's own limit, 16,384 by 10,922.
+    _C.INPUT.MAX_IMAGE_PIXELS = MAX_PIXELS
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
 
@@ -138,14 +158,14 @@ def merge_config(
             cfg.merge_from_file(path, allow_unsafe=False)
         except UserError:
             raise
-        except (yaml.YAMLError, KeyError, ValueError, AssertionError, AttributeError, OSError) as e:
+        except Exception as e:  # a file of anything can fail in any way
             raise UserError(
                 f"{what} {config_file} is not a config that can be read ({_first_line(e)}): expected "
                 "YAML with the keys of Detectron2 and of this project; correct the file."
             ) from e
     try:
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError, SyntaxError) as e:
+    except Exception as e:  # so can a text that is read as Python's literals
         raise UserError(
             f"{opts_what} has overrides that do not fit ({_first_line(e)}): expected pairs of an "
             "existing KEY and a VALUE of its type; correct them."
@@ -209,9 +229,18 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.CHECKPOINTS_KEPT is {cfg.SOLVER.CHECKPOINTS_KEPT}: expected at least 2, or 0 for all; set it so."
         )
+    check_parts(cfg)
     if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
         raise UserError(
             f"SOLVER.AMP.DTYPE is {cfg.SOLVER.AMP.DTYPE!r}: expected one of {', '.join(AMP_DTYPES)}."
+        )
+    if cfg.INPUT.ON_BAD_IMAGE not in ON_BAD_IMAGE:
+        raise UserError(
+            f"INPUT.ON_BAD_IMAGE is {cfg.INPUT.ON_BAD_IMAGE!r}: expected one of {', '.join(ON_BAD_IMAGE)}."
+        )
+    if cfg.INPUT.MAX_IMAGE_PIXELS < 1:
+        raise UserError(
+            f"INPUT.MAX_IMAGE_PIXELS is {cfg.INPUT.MAX_IMAGE_PIXELS}: expected a number of pixels above 0."
         )
     if len(cfg.DATASETS.UNLABELED) > 0:
         _check_unlabeled(cfg)
@@ -241,6 +270,25 @@ def validate_config(cfg: CfgNode) -> None:
     _check_cache(cfg.MODEL.TEACHER)
     for method in methods_of(cfg).values():
         method.check_config(cfg)
+
+
+def check_parts(cfg: CfgNode, *, what: str = "") -> None:
+    """Every part of a model that a config names is one that Detectron2 knows.
+
+    Args:
+        what: of whom the config is, for the message.
+
+    Raises:
+        UserError: the key, the unknown name and those that are known.
+    """
+    for key, registry in PARTS.items():
+        name = functools.reduce(operator.getitem, key.split("."), cfg)
+        known = sorted(known for known, _ in registry)
+        if name not in known and name != "PrecomputedProposals":
+            raise UserError(
+                f"{what}{key} is {name!r}: expected one of {', '.join(known)}; correct the name, or import the file "
+                "that registers it."
+            )
 
 
 def _check_unlabeled(cfg: CfgNode) -> None:

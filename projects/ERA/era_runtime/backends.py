@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
+import zipfile
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +14,9 @@ import numpy as np
 from era_runtime.errors import DeploymentError
 
 Output = tuple[np.ndarray, ...]
+# Operators of torch 2.11 and torchvision 0.26 with the name of a file among their arguments.
+FILE_ACCESS = re.compile(rb"\b(save|from_file|read_file|write_file|load_tensor)\b")
+LARGEST_CODE = 1 << 26  # bytes; that of the toy detector has 0.2 MB
 OUTPUT_NAMES = ("boxes", "scores", "classes", "masks")  # the last one of models that predict masks
 
 
@@ -86,6 +92,7 @@ class TorchScriptBackend:
         require("torchvision", package="torchvision", what=what)  # registers NMS and ROIAlign
         if num_threads is not None:
             self.torch.set_num_threads(num_threads)
+        refuse_file_access(folder / "model.ts")
         self.model = self.torch.jit.load(str(folder / "model.ts"), map_location="cpu").eval()
 
     def __call__(self, images: list[np.ndarray]) -> list[Output]:
@@ -95,6 +102,30 @@ class TorchScriptBackend:
             for image in images:
                 outputs.append(tuple(x.numpy() for x in self.model(self.torch.from_numpy(image))))
         return outputs
+
+
+def refuse_file_access(path: Path) -> None:
+    """A TorchScript file is a program: it must not name what reads or writes files, before any of it runs.
+
+    Raises:
+        DeploymentError: it does, or is no TorchScript file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sources = [i for i in archive.infolist() if i.filename.endswith(".py")]
+            if sum(info.file_size for info in sources) > LARGEST_CODE:
+                raise OSError(f"its code has more than {LARGEST_CODE} bytes")
+            codes = [archive.read(info) for info in sources]
+    except (zipfile.BadZipFile, OSError, RuntimeError, zlib.error, NotImplementedError) as e:
+        raise DeploymentError(
+            f"{path} is no TorchScript file ({e}): export the model again."
+        ) from e
+    for code in codes:
+        if found := FILE_ACCESS.search(code):
+            raise DeploymentError(
+                f"{path} names {found[0].decode()}, which reads or writes files: a detector needs none of that, and "
+                "nothing of it was run; export the model again."
+            )
 
 
 def detectron2_backend(folder: Path, manifest: dict, num_threads: int | None):

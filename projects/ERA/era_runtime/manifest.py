@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from era_runtime.errors import DeploymentError
+from era_runtime.onnx_file import external_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -29,6 +31,18 @@ _KEYS = {
     "files": dict,
 }
 _INPUT_KEYS = {"min_size": int, "max_size": int, "channel_order": str}
+MAX_EDGE = 16384  # pixels that a picture is scaled to at most
+CHANNEL_ORDERS = ("BGR", "RGB")
+# Least and most of the numbers that a manifest may hold.
+_RANGES = {
+    "alpha": (0, 1),
+    "max_batch": (1, 1 << 20),
+    "num_classes": (1, 1 << 20),
+    "score_threshold": (0, 1),
+    "nms_threshold": (0, 1),
+    "max_detections": (-1, 1 << 20),
+}
+_INPUT_RANGES = {"min_size": (0, MAX_EDGE), "max_size": (1, MAX_EDGE)}
 
 
 def sha256_file(path: str | Path) -> str:
@@ -44,8 +58,9 @@ def read_manifest(folder: str | Path) -> dict:
     """Read a deployment folder's manifest and check every file that it lists.
 
     Raises:
-        DeploymentError: no manifest, one of another format version or without a needed entry, an unknown
-            model format, or a file that is absent or differs from its SHA-256.
+        DeploymentError: no manifest, one of another format version, without a needed entry or with a number out of
+            its range, an unknown model format, a file that is absent or differs from its SHA-256, or an ONNX file
+            that takes weights from a file without one.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -56,7 +71,7 @@ def read_manifest(folder: str | Path) -> dict:
             f"{folder} is no deployment folder ({MANIFEST} cannot be read: {e.strerror}): name a folder "
             "that tools/export.py made."
         ) from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise DeploymentError(f"{path} is not JSON ({e}): export the model again.") from e
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -66,24 +81,35 @@ def read_manifest(folder: str | Path) -> dict:
         )
     _check_entries(path, manifest, _KEYS)
     _check_entries(path, manifest["input"], _INPUT_KEYS)
+    _check_ranges(path, manifest, _RANGES)
+    _check_ranges(path, manifest["input"], _INPUT_RANGES)
+    order = manifest["input"]["channel_order"]
+    if order not in CHANNEL_ORDERS:
+        raise DeploymentError(
+            f"{path} has channel_order {order!r}: expected one of {', '.join(CHANNEL_ORDERS)}; export the model again."
+        )
     if manifest["format"] not in MODEL_FILES:
         raise DeploymentError(
             f"{path} has format {manifest['format']!r}: expected one of {', '.join(MODEL_FILES)}."
         )
     _check_files(folder, manifest)
+    if manifest["format"] == "onnx":
+        _check_external_data(folder / "model.onnx", manifest["files"])
     return manifest
 
 
 def read_classes(folder: str | Path) -> list[dict]:
     """``[{"id": COCO category id, "name": ...}, ...]`` in the order of the model's class indices."""
-    classes = json.loads((Path(folder) / CLASSES).read_text(encoding="utf-8"))
+    path = Path(folder) / CLASSES
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DeploymentError(f"{path} is not JSON ({e}): export the model again.") from e
     if not isinstance(classes, list) or not all(
         isinstance(c, dict) and isinstance(c.get("id"), int) and isinstance(c.get("name"), str)
         for c in classes
     ):
-        raise DeploymentError(
-            f"{Path(folder) / CLASSES} is no list of {{id, name}}: export the model again."
-        )
+        raise DeploymentError(f"{path} is no list of {{id, name}}: export the model again.")
     return classes
 
 
@@ -92,6 +118,32 @@ def _check_entries(path: Path, found: dict, expected: dict) -> None:
         if key not in found or not isinstance(found[key], kind):
             raise DeploymentError(
                 f"{path} has no fit entry {key!r} (found {found.get(key)!r}): export the model again."
+            )
+
+
+def _check_ranges(path: Path, found: dict, ranges: dict[str, tuple[int, int]]) -> None:
+    for key, (low, high) in ranges.items():
+        value = found.get(key)
+        if value is None:  # whether it may be absent was looked at before
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not low <= value <= high:
+            raise DeploymentError(
+                f"{path} has {key} {value!r}: expected a number from {low} to {high}; export the model again."
+            )
+
+
+def _check_external_data(path: Path, files: dict) -> None:
+    """Weights beside an ONNX file are files of the manifest, whose hashes were checked."""
+    try:
+        names = external_files(path)
+    except ValueError as e:
+        raise DeploymentError(f"{path} is no ONNX file ({e}): export the model again.") from e
+    for name in sorted(names):
+        if name not in files:
+            raise DeploymentError(
+                f"{path} takes weights from {name!r}, which {MANIFEST} does not list: nothing is loaded without its "
+                "SHA-256; export the model again."
             )
 
 
@@ -113,7 +165,13 @@ def _check_files(folder: Path, manifest: dict) -> None:
                 f"{path} is missing, though {MANIFEST} lists it: copy the whole folder again."
             )
         expected = entry.get("sha256") if isinstance(entry, dict) else None
-        if sha256_file(path) != expected:
+        try:
+            found = sha256_file(path)
+        except OSError as e:
+            raise DeploymentError(
+                f"{path} cannot be read ({e.strerror}): correct its permissions."
+            ) from e
+        if found != expected:
             raise DeploymentError(
                 f"{path} does not match the SHA-256 in {MANIFEST}: the file was changed or damaged; copy "
                 "the folder again or export the model again."

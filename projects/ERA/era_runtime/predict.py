@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -14,11 +15,12 @@ from era_runtime.backends import require
 from era_runtime.draw import draw
 from era_runtime.errors import DeploymentError
 from era_runtime.inputs import image_files, is_video
+from era_runtime.pictures import MAX_PIXELS
 from era_runtime.predictor import Detections, Predictor, load
 from era_runtime.preprocess import read_image
-from era_runtime.results import coco_results, require_mask_tools, write_json
+from era_runtime.results import coco_results, require_mask_tools, write_json, write_whole
 
-EXIT_UNREADABLE = 1
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 
 EPILOG = """
@@ -27,8 +29,9 @@ examples:
   %(prog)s --model deployed --output found 'photos/*.jpg' clip.mp4 --score 0.5
 
 Writes results.json (COCO's result format), images.json (which image_id is which file and, of a video,
-which frame) and the annotated pictures. Exit status: 0; 1 if an input could not be read (the others are
-done); 2 for a request that cannot be met.
+which frame) and the annotated pictures. A file name that is no UTF-8 stands in images.json as JSON's escapes of
+its bytes. Exit status: 0; 1 if an input could not be read (the others are done, or with --on-bad-image stop those
+before it) or the output could not be written; 2 for a request that cannot be met.
 """
 
 
@@ -45,6 +48,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--score", type=float, default=0.0, help="leave out lower scores than this")
     parser.add_argument("--batch-size", type=int, default=1, help="above 1: format detectron2 only")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the runtime")
+    parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip",
+                        help="an input that cannot be read: go on with the next, or stop there")  # fmt: skip
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
+                        help="refuse larger pictures (width x height); default %(default)s")  # fmt: skip
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
     return parser
 
@@ -52,6 +59,9 @@ def argument_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = argument_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return predict(args)
     except ValueError as e:  # DeploymentError, or UserError of the package era
@@ -83,22 +93,42 @@ def predict(args: argparse.Namespace) -> int:
         os.makedirs(args.output, exist_ok=True)
     except OSError as e:
         raise DeploymentError(f"--output {args.output} cannot be made ({e.strerror}).") from e
-    job = _Job(predictor, args.output, args.score, not args.no_pictures, len(files))
+    job = _Job(
+        predictor, args.output, args.score, not args.no_pictures, len(files), args.max_pixels
+    )
     pictures = [f for f in files if not is_video(f)]
-    for start in range(0, len(pictures), args.batch_size):
-        job.pictures(pictures[start : start + args.batch_size])
-    for file in filter(is_video, files):
-        job.video(file)
-    job.finish()
-    return EXIT_UNREADABLE if job.failures else 0
+    batches = [pictures[i : i + args.batch_size] for i in range(0, len(pictures), args.batch_size)]
+    steps = [(job.pictures, batch) for batch in batches]
+    steps += [(job.video, file) for file in files if is_video(file)]
+    try:
+        for do, what in steps:
+            do(what)
+            if job.failures and args.on_bad_image == "stop":
+                break
+        job.finish()
+    except OSError as e:  # of writing: each input's own troubles are its failures
+        print(
+            f"error: --output {args.output} cannot be written ({e.strerror or e}): results are incomplete; make room, "
+            "or name another folder, and start again.",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    return EXIT_FAILED if job.failures else 0
 
 
 class _Job:
     """One run over many inputs: results, names, progress and what could not be read."""
 
     def __init__(
-        self, predictor: Predictor, output: str, score: float, draws: bool, num_files: int
+        self,
+        predictor: Predictor,
+        output: str,
+        score: float,
+        draws: bool,
+        num_files: int,
+        max_pixels: int,
     ):
+        self.max_pixels = max_pixels
         self.predictor = predictor
         self.output = output
         self.score = score
@@ -115,7 +145,7 @@ class _Job:
         ready: list[tuple[str, np.ndarray]] = []
         for file in files:
             try:
-                ready.append((file, read_image(file)))
+                ready.append((file, read_image(file, self.max_pixels)))
             except DeploymentError as e:
                 self._fail(file, str(e))
         try:
@@ -136,8 +166,17 @@ class _Job:
         """One video, frame by frame, in batches."""
         import cv2
 
-        source = cv2.VideoCapture(file)
-        writer, frames = None, 0
+        if not os.path.isfile(file):  # a pipe would be waited for
+            self._fail(file, f"{file} is no ordinary file")
+            self.done += 1
+            return
+        try:
+            source = cv2.VideoCapture(file)
+        except UnicodeError:
+            self._fail(file, f"{file} has a name that OpenCV cannot take: rename it")
+            self.done += 1
+            return
+        writer, written, frames = None, "", 0
         total = max(int(source.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
         rate = source.get(cv2.CAP_PROP_FPS) or 25.0
         try:
@@ -148,8 +187,9 @@ class _Job:
                     if self.draws:
                         if writer is None:
                             name = self._name(os.path.splitext(file)[0] + ".mp4")
+                            written = os.path.join(self.output, name)
                             writer = cv2.VideoWriter(
-                                os.path.join(self.output, name),
+                                written,
                                 cv2.VideoWriter_fourcc(*"mp4v"),
                                 rate,
                                 frame.shape[1::-1],
@@ -163,6 +203,9 @@ class _Job:
             source.release()
             if writer is not None:
                 writer.release()
+        if written and cv2.VideoCapture(written).get(cv2.CAP_PROP_FRAME_COUNT) < frames:
+            os.remove(written)
+            raise OSError(f"the video {written} has lost frames: is the disk full?")
         if frames == 0:
             self._fail(file, f"{file} cannot be read as a video")
         elif frames < total:
@@ -189,7 +232,7 @@ class _Job:
             import cv2
 
             path = os.path.join(self.output, self._name(os.path.splitext(file)[0] + ".jpg"))
-            cv2.imencode(".jpg", draw(image, detections))[1].tofile(path)
+            write_whole(path, cv2.imencode(".jpg", draw(image, detections))[1].tobytes())
 
     def _record(
         self, file: str, image: np.ndarray, found: Detections, frame_index: int | None = None

@@ -120,10 +120,22 @@ class Predictor:
             results += self._batch(images[start : start + self.batch_size])
         return results
 
+    def _run(self, inputs: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+        try:
+            return self.backend(inputs)
+        except Exception as e:
+            if not self.manifest:  # a model of one's own: whatever it raises
+                raise
+            raise DeploymentError(
+                f"the {self.manifest.get('format')} model fails on images of shape {[i.shape for i in inputs]} "
+                f"({_first_words(e)}): it is damaged, or memory is short; export it again, or scale images smaller."
+            ) from e
+
     def _batch(self, images: list[np.ndarray]) -> list[Detections]:
         inputs = [preprocess(image, self.rules) for image in images]
         results = []
-        for image, given, output in zip(images, inputs, self.backend(inputs), strict=True):
+        for image, given, output in zip(images, inputs, self._run(inputs), strict=True):
+            _check_output(output, len(self.categories), self.manifest.get("format", "given"))
             boxes, scores, classes, *masks = output
             boxes, keep = scale_back(boxes, given.shape[1:], image.shape[:2])
             boxes, classes = boxes[keep], np.asarray(classes, dtype=np.int64)[keep]
@@ -139,6 +151,32 @@ class Predictor:
                 )
             )
         return results
+
+
+def _not_loaded(folder: str | Path, manifest: dict, error: Exception) -> str:
+    return (
+        f"{folder}: the model cannot be loaded as {manifest['format']} ({_first_words(error)}), though its files are those of the "
+        "manifest: it is damaged, or of another version of the runtime; export it again."
+    )
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_output(output: tuple, count: int, what: str) -> None:
+    """A model of somebody else may give anything."""
+    shapes = [np.shape(part) for part in output]
+    n = shapes[1][0] if len(shapes) in (3, 4) and len(shapes[1]) == 1 else None
+    fits = n is not None and shapes[0] == (n, 4) and shapes[2] == (n,)
+    if fits and len(shapes) == 4:
+        fits = len(shapes[3]) == 3 and shapes[3][0] == n and shapes[3][1] == shapes[3][2]
+    classes = np.asarray(output[2]) if fits else np.zeros(0)
+    if not fits or (n and (classes.min() < 0 or classes.max() >= count)):
+        raise DeploymentError(
+            f"the {what} model gives outputs of shapes {shapes}{f' and classes beyond {count}' if fits else ''}: "
+            "expected boxes (n, 4), scores (n,), classes (n,) and perhaps masks (n, M, M); export it again."
+        )
 
 
 def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = None) -> Predictor:
@@ -157,5 +195,17 @@ def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = N
     manifest = read_manifest(folder)
     categories = read_classes(folder)
     rules = InputRules(**{key: manifest["input"][key] for key in InputRules.__dataclass_fields__})
-    backend = BACKENDS[manifest["format"]](Path(folder), manifest, num_threads)
+    count = manifest.get("num_classes", len(categories))
+    if count != len(categories):
+        raise DeploymentError(
+            f"{folder} has num_classes {count} and names {len(categories)} classes: export the model again."
+        )
+    try:
+        backend = BACKENDS[manifest["format"]](Path(folder), manifest, num_threads)
+    except ValueError as e:
+        if isinstance(e, DeploymentError) or type(e).__name__ == "UserError":
+            raise
+        raise DeploymentError(_not_loaded(folder, manifest, e)) from e
+    except Exception as e:  # every runtime has its own way to say that a file is damaged
+        raise DeploymentError(_not_loaded(folder, manifest, e)) from e
     return Predictor(backend, rules, categories, batch_size=batch_size, manifest=manifest)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from era_runtime.errors import DeploymentError
+from era_runtime.pictures import MAX_PIXELS, read_picture
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,13 @@ class InputRules:
     channel_order: str
 
 
-def read_image(path: str) -> np.ndarray:
-    """A picture file as (H, W, 3) uint8, BGR, turned as its EXIF says (as Detectron2 reads it).
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture file as (H, W, 3) uint8, BGR, see :func:`era_runtime.pictures.read_picture`.
 
     Raises:
         DeploymentError: the file cannot be read as a picture.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DeploymentError(f"{path} cannot be read as a picture ({e})") from e
+    image = read_picture(path, max_pixels).convert("RGB")
     return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
 
 

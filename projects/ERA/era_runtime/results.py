@@ -49,10 +49,20 @@ def require_mask_tools() -> ModuleType:
 
 
 def write_json(data, path: str) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all; a name that is no UTF-8 becomes JSON's escapes of its bytes."""
+    # Python reads such bytes as halves of surrogate pairs, and \udcXX is their spelling in JSON too.
+    write_whole(path, json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
     try:
-        with open(path + ".partial", "w", encoding="utf-8") as f:
-            json.dump(data, f, ensure_ascii=False)
+        with open(path + ".partial", "wb") as f:
+            f.write(content)
         os.replace(path + ".partial", path)
     finally:
         if os.path.exists(path + ".partial"):

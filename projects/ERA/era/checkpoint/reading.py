@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from era.addresses import check_address
+from era.addresses import is_remote
+from era.checkpoint.fetching import fetch
 from era.checkpoint.settings import differences
 from era.checkpoint.unpickling import SafeUnpickler
 from era.checkpoint.writing import damage, save_whole, write_text_whole
@@ -85,14 +87,17 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._resuming = ""
 
     def load(self, path: str, *args, **kwargs) -> dict[str, Any]:
-        """As Detectron2's, but an address is checked first and every failure to read is one sentence.
+        """As Detectron2's, but addresses are fetched by :func:`fetch`, and every failure to read is one sentence.
 
         Raises:
             UserError: the file is absent, unreachable, no checkpoint, or not what its SHA-256 beside it says.
         """
         try:
-            check_address(path, what="weights")
-            if os.path.isfile(path) and (problem := damage(path)):
+            if is_remote(path):
+                query = urlsplit(path).query  # read by Detectron2, not asked for
+                path = fetch(path, what="weights") + (f"?{query}" if query else "")
+            file = urlsplit(path)._replace(query="").geturl()  # what Detectron2 opens
+            if os.path.isfile(file) and (problem := damage(file)):
                 raise UserError(
                     f"weights {path!r} are damaged ({problem}): expected the file as it was written; give another "
                     "one, or, if you changed it yourself, remove the file with the hash."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +22,26 @@ class SafeUnpickler(pickle.Unpickler):
     A pickle asks for functions by name and calls them with what it likes. It gets none of numpy's: stand-ins
     rebuild arrays from type, shape and bytes after checking them, for numpy itself would take a file's
     bytes for addresses in memory.
+
+    Args:
+        file: opened in binary mode, which can be sought in, for it is read twice.
+        options: as ``pickle.Unpickler``.
     """
+
+    def __init__(self, file: BinaryIO, **options: Any):
+        super().__init__(file, **options)
+        self._file = file
+
+    def load(self) -> Any:
+        """The object.
+
+        Raises:
+            pickle.UnpicklingError: something else than weights is asked for.
+        """
+        start = self._file.tell()
+        check_memo(self._file)
+        self._file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in for one of the few globals that arrays need.
@@ -34,6 +54,18 @@ class SafeUnpickler(pickle.Unpickler):
         if known is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which weights do not need")
         return known
+
+
+def check_memo(file: BinaryIO) -> None:
+    """Refuse a pickle that numbers its objects beyond their count: the reader would make room for all the numbers,
+    34 GB of it for eleven bytes.
+
+    Raises:
+        pickle.UnpicklingError: it does.
+    """
+    for count, (opcode, argument, _position) in enumerate(pickletools.genops(file), start=1):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise pickle.UnpicklingError(f"it numbers object {argument} as one of {count}")
 
 
 class _Function:

@@ -14,6 +14,7 @@ from era.errors import UserError
 
 PARTIAL = ".partial"  # ends the name of a file while it is written
 HASH = ".sha256"  # ends the name of the file beside a checkpoint, in the form of sha256sum
+_LONGEST = 4096  # characters that are read of a file with a hash
 _known: dict[tuple[str, int, int], str] = {}  # SHA-256 by path, size and time of change
 
 
@@ -111,13 +112,18 @@ def damage(path: str) -> str | None:
 
     A file that has not changed is read once.
     """
+    beside = path + HASH
+    if not os.path.exists(beside):
+        return None
     try:
-        with open(path + HASH, encoding="utf-8") as file:
-            expected = file.read().split()[0]
+        if not os.path.isfile(beside):  # a pipe would be waited for
+            raise OSError
+        with open(beside, encoding="utf-8") as file:
+            expected = file.read(_LONGEST).split()[0]
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, IndexError):
-        return f"{path + HASH} cannot be read"
+        return f"{beside} cannot be read"
     found = _file_hash(path)
     if found == expected:
         return None

@@ -15,7 +15,7 @@ from torch import nn
 
 from era.addresses import check_nothing_fetched
 from era.checkpoint.reading import misfits
-from era.config import load_config, student_config, validate_config
+from era.config import check_parts, load_config, student_config, validate_config
 from era.data.datasets import register_from_config
 from era.deploy.model import EagerBackend, WholeCheckpointer
 from era.engine.preflight import teacher_record
@@ -124,6 +124,7 @@ def load_source(
     cfg.MODEL.WEIGHTS = weights
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: expected BGR or RGB.")
+    check_parts(cfg)
     if alpha == 1:
         if run or recorded_opts is not None:
             check_nothing_fetched(cfg, typed, source=config_file)
@@ -151,8 +152,8 @@ def last_checkpoint(run: str) -> str:
     names = ["model_final.pth"]
     marker = os.path.join(run, "last_checkpoint")
     if os.path.isfile(marker):
-        with open(marker) as f:
-            names.insert(0, os.path.basename(f.read().strip()))
+        with open(marker, encoding="utf-8", errors="replace") as f:
+            names.insert(0, os.path.basename(f.read(4096).strip()))
     for name in names:
         if os.path.isfile(os.path.join(run, name)):
             return os.path.join(run, name)
@@ -230,9 +231,15 @@ def _dataset_categories(name: str) -> list[dict]:
     meta = MetadataCatalog.get(name)
     names = meta.get("thing_classes")
     if names is None and os.path.isfile(meta.get("json_file", "")):
-        with open(meta.json_file, encoding="utf-8") as f:
-            categories = sorted(json.load(f).get("categories", []), key=lambda c: c["id"])
-        return [{"id": c["id"], "name": c["name"]} for c in categories]
+        try:
+            with open(meta.json_file, encoding="utf-8") as f:
+                categories = sorted(json.load(f).get("categories", []), key=lambda c: c["id"])
+            return [{"id": c["id"], "name": c["name"]} for c in categories]
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+            raise UserError(
+                f"{meta.json_file} of the dataset {name!r} gives no class names ({type(e).__name__}: {e}): repair it, "
+                "or give them with --classes FILE, one name a line."
+            ) from e
     # Without a map Detectron2 took the ids as they are; the toy data's are 1, 2, ...
     ids = {v: k for k, v in (meta.get("thing_dataset_id_to_contiguous_id") or {}).items()}
     return [{"id": ids.get(i, i + 1), "name": n} for i, n in enumerate(names or [])]

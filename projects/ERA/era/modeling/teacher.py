@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
-from era.config import get_era_cfg, merge_config, student_config
+from era.config import check_parts, get_era_cfg, merge_config, student_config
 from era.errors import UserError
 from era.modeling.detectors import Predictions, detector_of, known_family
 from era.modeling.teacher_cache import TeacherCache
@@ -81,6 +81,7 @@ class Teacher(nn.Module):
         """
         keys = cfg.MODEL.TEACHER
         teacher_cfg = teacher_config(cfg)
+        check_parts(teacher_cfg, what="the teacher's ")
         model = build_model(student_config(teacher_cfg))
         if known_family(student_config(teacher_cfg)) is None:
             raise UserError(
