@@ -201,7 +201,8 @@ def test_an_honest_address_is_fetched_into_the_cache(server, cache, tmp_path):
     assert asked == ["/models/w.pth"]
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
     stored = [name for name in files_below(tmp_path / "home") if not name.endswith(".lock")]
-    assert stored == ["nested/cache/models/w.pth"]
+    port = url.rpartition(":")[2]
+    assert stored == [f"nested/cache/era_downloads/http_127.0.0.1_{port}/models/w.pth"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_report_and_export_download_nothing(received, server, cache, tmp_path):
     with pytest.raises(UserError, match=r"MODEL\.TEACHER\.WEIGHTS .*nothing is downloaded"):
         load_source(run=str(received), alpha=1)
     assert not asked and files_below(tmp_path / "home") == []
-    with pytest.raises(UserError, match="cannot be opened"):  # the user's own word: it is tried
+    with pytest.raises(UserError, match="cannot be downloaded"):  # the user's own word: it is tried
         load_source(
             run=str(received), alpha=1, opts=["MODEL.TEACHER.WEIGHTS", f"{url}/teacher.pth"]
         )

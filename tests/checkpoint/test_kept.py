@@ -1,6 +1,7 @@
 """Checkpoints that are verified, the last and the best that are kept, and what does not fit a resume."""
 
 import hashlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,35 @@ def test_a_file_without_a_hash_is_taken_as_it_is(tmp_path):
     assert "cannot be read" in damage(str(tmp_path / "model_0000003.pth"))
 
 
+def test_a_hash_that_is_none_is_named_and_not_waited_for(tmp_path):
+    checkpointer_of(tmp_path).save("m", iteration=3)
+    path, beside = tmp_path / "m.pth", tmp_path / "m.pth.sha256"
+    for content in (b"", b" \n", b"\0" * 64, b"x" * 9999, b"<html>404</html>"):
+        beside.write_bytes(content)
+        with pytest.raises(UserError, match=r"m\.pth' are damaged \(") as e:
+            checkpointer_of(tmp_path).load(str(path))
+        assert len(str(e.value)) < 400 and "\n" not in str(e.value)
+    beside.unlink()
+    beside.mkdir()
+    assert "cannot be read" in damage(str(path))
+    beside.rmdir()
+    os.mkfifo(beside)
+    assert "cannot be read" in damage(str(path))
+    beside.unlink()
+    checkpointer_of(tmp_path).load(str(path))
+
+
+@pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
+def test_a_bit_of_the_best_is_noticed_when_it_is_used(query, tmp_path):
+    """Also with the settings that Detectron2 reads behind a file's name."""
+    evaluations(tmp_path, [5.0])
+    path = tmp_path / f"{BEST}.pth"
+    checkpointer_of(tmp_path).load(f"{path}{query}")
+    flip(path, 0.9)
+    with pytest.raises(UserError, match=r"model_best\.pth.* (are damaged|cannot be read)"):
+        checkpointer_of(tmp_path).load(f"{path}{query}")
+
+
 # ---- the last and the best --------------------------------------------------------------------------------
 
 
@@ -166,6 +196,14 @@ def test_a_best_that_is_damaged_or_of_another_metric_counts_for_nothing(tmp_path
     flip(tmp_path / f"{BEST}.pth")
     evaluations(tmp_path, [1.0], resumed=True)
     assert "model_best.pth is damaged" in caplog.text and best(tmp_path)["best"]["value"] == 1.0
+
+
+@pytest.mark.parametrize("said", [5, None, "bbox/AP", ["metric"], {"metric": "bbox/AP"},
+                                  {"metric": "bbox/AP", "value": "high"}])  # fmt: skip
+def test_a_best_that_says_something_else_counts_for_nothing(said, tmp_path):
+    torch.save({"model": {}, "best": said}, tmp_path / f"{BEST}.pth")
+    evaluations(tmp_path, [1.0], resumed=True)
+    assert best(tmp_path)["best"]["value"] == 1.0
 
 
 def test_no_evaluation_is_best_that_gives_no_number(tmp_path, caplog):

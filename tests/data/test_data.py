@@ -307,8 +307,8 @@ def make_cfg(train=(), test=(), coco_format=()):
                 "COCO_FORMAT": list(coco_format),
                 "IMAGE_FOLDERS": [],
             },
-            "MODEL": {"MASK_ON": False},
-            "INPUT": {"MASK_FORMAT": "polygon"},
+            "MODEL": {"MASK_ON": False, "KEYPOINT_ON": False},
+            "INPUT": {"MASK_FORMAT": "polygon", "ON_BAD_IMAGE": "stop"},
         }
     )
 

@@ -13,6 +13,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from era.data.keyed import KeyedMapper, training_mapper
+from era.data.pictures import PictureMapper
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def mapper_with(*augmentations):
     )
 
 
-def test_off_the_mapper_is_detectron2s_own():
-    assert type(training_mapper(tiny_cfg())) is DatasetMapper
-    assert type(training_mapper(tiny_cfg("plain"))) is DatasetMapper
+def test_off_the_mapper_makes_no_keys():
+    assert type(training_mapper(tiny_cfg())) is PictureMapper
+    assert type(training_mapper(tiny_cfg("plain"))) is PictureMapper
     on = training_mapper(tiny_cfg("era", "MODEL.TEACHER.CACHE", "memory"))
     assert type(on) is KeyedMapper
 

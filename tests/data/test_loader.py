@@ -11,7 +11,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from era.data.datasets import register_from_config
+from era.data.datasets import labeled_records, register_from_config
 from era.data.loader import UNLABELED, TrainLoader, labeled_loader
 from era.data.seeds import PICTURE, STEP, derived_seed, random_numbers_of, seed_all
 
@@ -131,7 +131,7 @@ def test_detectron2s_samplers_go_on(sampler, tiny_data):
     register_from_config(cfg)
 
     def names(first, count):
-        found = labeled_loader(cfg, lambda record: record, 2)
+        found = labeled_loader(cfg, labeled_records(cfg), lambda record: record, 2)
         found.begin_at(9, first)
         return [[record["file_name"] for record in batch] for batch in some(found, count)]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from era.data import datasets, toy
 from era.data.loader import LABELED
+from era.data.pictures import WatchedLoader
 from era.data.seeds import ORDER, derived_seed, random_numbers_of
 from era.data.unlabeled import MixedLoader, build_mixed_loader, check_unlabeled, pictures
 from era.engine.schedule import scale_to_world
@@ -220,7 +221,7 @@ def test_a_picture_that_breaks_off_stops_the_run_with_one_sentence(photos, worke
     check_unlabeled(cfg)
     endless = itertools.repeat([{}])
     with pytest.raises(UserError) as e:
-        some(build_mixed_loader(cfg, endless, 1), 1)
+        some(WatchedLoader(build_mixed_loader(cfg, endless, 1)), 1)
     assert str(e.value).startswith(f"the picture {path} cannot be read (") and "\n" not in str(
         e.value
     )

@@ -38,6 +38,8 @@ def files(tmp_path_factory):
     (folder / "no_image.json").write_text(json.dumps(coco))
     (folder / "bad.yaml").write_text("MODEL: {ERA: {NO_SUCH_KEY: 1}}")
     (folder / "evil.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []")
+    (folder / "empty.yaml").write_text("")
+    (folder / "circle.yaml").write_text("_BASE_: circle.yaml")
     (folder / "a_file").write_text("in the way")
     return folder
 
@@ -140,6 +142,30 @@ CASES = {
     "annotations that are no COCO file": (own_data("list.json"), ["list.json", "COCO"]),
     "no usable image": (own_data("no_image.json"), ["own"]),
     "unknown dataset": (["DATASETS.TRAIN", "('nowhere',)"], ["nowhere", "DATASETS.COCO_FORMAT"]),
+    "no iterations": (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0", "1 or more"]),
+    "a learning rate below 0": (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR is -0.1"]),
+    "a learning rate of NaN": (["SOLVER.BASE_LR", "nan"], ["SOLVER.BASE_LR"]),
+    "an endless learning rate": (["SOLVER.BASE_LR", "1e999"], ["SOLVER.BASE_LR is inf"]),
+    "a momentum above 1": (["SOLVER.MOMENTUM", "1.5"], ["SOLVER.MOMENTUM is 1.5", "0 to 1"]),
+    "checkpoints backwards": (["SOLVER.CHECKPOINT_PERIOD", "-1"], ["SOLVER.CHECKPOINT_PERIOD is -1", "0 or more"]),
+    "workers below 0": (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS is -1"]),
+    "no picture in a batch": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH"]),
+    "steps that fall": (["SOLVER.STEPS", "(9, 3)"], ["SOLVER.STEPS is (9, 3)", "rising"]),
+    "steps of texts": (["SOLVER.STEPS", "('a',)"], ["SOLVER.STEPS"]),
+    "an unknown schedule": (["SOLVER.LR_SCHEDULER_NAME", "Linear"], ["Linear", "WarmupCosineLR"]),
+    "no size to train at": (["INPUT.MIN_SIZE_TRAIN", "()"], ["INPUT.MIN_SIZE_TRAIN"]),
+    "an unknown answer to bad pictures": (["INPUT.ON_BAD_IMAGE", "ask"], ["INPUT.ON_BAD_IMAGE", "stop, skip"]),
+    "a limit of no pixels": (["INPUT.MAX_IMAGE_PIXELS", "0"], ["INPUT.MAX_IMAGE_PIXELS is 0"]),
+    "an unknown architecture": (
+        ["MODEL.META_ARCHITECTURE", "FasterNet"], ["MODEL.META_ARCHITECTURE is 'FasterNet'", "GeneralizedRCNN"]),
+    "an unknown architecture of the student": (
+        ["MODEL.DISTILLER.STUDENT_META_ARCHITECTURE", "FasterNet"], ["STUDENT_META_ARCHITECTURE", "FasterNet"]),
+    "an unknown backbone": (["MODEL.BACKBONE.NAME", "build_none"], ["MODEL.BACKBONE.NAME is 'build_none'"]),
+    "an unknown backbone of the teacher": (
+        teacher("MODEL.BACKBONE.NAME", "build_none"), ["the teacher's MODEL.BACKBONE.NAME", "build_none"]),
+    "a depth that there is not": (["MODEL.RESNETS.DEPTH", "77"], ["MODEL.RESNETS.DEPTH is 77"]),
+    "an unknown head": (["MODEL.ROI_BOX_HEAD.NAME", "NoHead"], ["model of this config cannot be built", "NoHead"]),
+    "a number of classes below 0": (["MODEL.ROI_HEADS.NUM_CLASSES", "-2"], ["MODEL.ROI_HEADS.NUM_CLASSES"]),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
     "pictures without labels, and how many is not said": (
         without_labels(count=0), ["SOLVER.UNLABELED_PER_BATCH is 0", "era_toy_tune", "SOLVER.IMS_PER_BATCH (2)"]),
@@ -212,6 +238,8 @@ def test_one_sentence_and_nothing_written(case, files, tmp_path):
         ("nowhere.yaml", ["--config-file", "nowhere.yaml"]),
         ("FILES/bad.yaml", ["bad.yaml", "NO_SUCH_KEY"]),
         ("FILES/evil.yaml", ["evil.yaml", "python/object"]),  # YAML is loaded safely
+        ("FILES/empty.yaml", ["empty.yaml", "is empty"]),
+        ("FILES/circle.yaml", ["circle.yaml", "its own _BASE_"]),
         ("FILES/noise.json", ["noise.json"]),
     ],
 )
@@ -249,6 +277,36 @@ def test_alpha_needs_an_mbrnet(files, tmp_path):
     opts = ["MODEL.WEIGHTS", plain, "MODEL.ERA.ALPHA", "1.0", "DATASETS.TEST", "('era_toy_val',)"]
     with pytest.raises(UserError, match="holds no modules of the method era"):
         train_net(["--eval-only", *arguments(opts, files, tmp_path / "run", ERA_CONFIG)])
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("", ['MODEL.WEIGHTS is ""', "--resume"]),
+        ("FILES/nowhere.pth", ["nowhere.pth"]),
+        ("FILES/teacher.pth", ["does not fit the student", "more keys differ"]),
+        ("FILES/lacking.pth", ["does not fit the student"]),
+        ("FILES/of_student_lacking.pth", ["lacks", "cls_score"]),
+        ("FILES/of_student_deeper.pth", ["res9", "which the model lacks"]),
+        ("FILES/of_student_empty.pth", ["lacks"]),
+    ],
+)
+@pytest.mark.parametrize("config", ["era", "plain"])
+def test_an_evaluation_needs_weights_that_fit(weights, words, config, files, tmp_path):
+    """They gave an AP, and exit status 0."""
+    good = tiny_model("plain").state_dict()
+    lacking = {k: v for k, v in good.items() if "cls_score" not in k}
+    torch.save({"model": lacking}, files / "of_student_lacking.pth")
+    torch.save(
+        {"model": good | {"backbone.res9.w": torch.zeros(1)}}, files / "of_student_deeper.pth"
+    )
+    torch.save({"model": {}}, files / "of_student_empty.pth")
+    opts = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", "('era_toy_val',)"]
+    path = str(REPO / "configs" / "toy" / f"{config}.yaml")
+    with pytest.raises(UserError) as e:
+        train_net(["--eval-only", *arguments(opts, files, tmp_path / "run", path)])
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value), str(e.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_prints_the_sentence_alone(files, tmp_path):

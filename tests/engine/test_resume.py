@@ -1,8 +1,11 @@
 """Runs that are killed and go on end as the run that was never killed, to the bit."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,98 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_before(tiny_data, tmp_pat
     )
     iterations = [line["iteration"] for line in lines(folder)]
     assert sorted(set(iterations)) == sorted(iterations) and {19, 23} <= set(iterations)
+
+
+@pytest.fixture
+def bad_data(tiny_data, tmp_path):
+    """The tiny data with two pictures to train on that break off behind their heads."""
+    data = dict(zip(tiny_data[::2], tiny_data[1::2], strict=True))
+    triples = ast.literal_eval(data["DATASETS.COCO_FORMAT"])
+    folder = Path(shutil.copytree(triples[0][2], tmp_path / "pictures"))
+    triples[0] = ["bad_train", triples[0][1], str(folder)]
+    for path in sorted(folder.iterdir())[3:5]:
+        path.write_bytes(path.read_bytes()[:-300])
+    data |= {"DATASETS.COCO_FORMAT": str(triples), "DATASETS.TRAIN": "('bad_train',)"}
+    return [part for pair in data.items() for part in pair]
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["DATALOADER.NUM_WORKERS", "1", "TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2",
+         "MODEL.RESNETS.NORM", "BN"],
+        ["DATALOADER.NUM_WORKERS", "0", "DATASETS.UNLABELED", "('bad_train',)", "SOLVER.IMS_PER_BATCH", "4",
+         "SOLVER.UNLABELED_PER_BATCH", "2"],
+    ],
+    ids=["with loader processes", "also without labels"],
+)  # fmt: skip
+def test_a_bad_picture_is_replaced_by_the_same_after_a_resume(opts, bad_data, tmp_path):
+    """And counted on: metrics.json is the same."""
+    log = tmp_path / "log.txt"
+    config = "era" if "DATASETS.UNLABELED" in opts else "plain"
+
+    def args(folder):
+        more = [*LENGTH, *SEEDED, *opts, "INPUT.ON_BAD_IMAGE", "skip"]
+        return cli(bad_data, tmp_path / folder, *more, config=config)
+
+    assert run(args("whole"), log=log) == 0
+    assert run(args("killed"), kill=Kill(step=13), log=log) == -9
+    assert run(["--resume", *args("killed")], log=log) == 0
+    expected, found = left_behind(tmp_path / "whole"), left_behind(tmp_path / "killed")
+    assert difference(found, expected) is None
+    counts = [line["replaced_pictures"] for line in found["metrics"] if "replaced_pictures" in line]
+    assert len(counts) > 1 and counts == sorted(counts) and counts[0] > 1
+    text = log.read_text()
+    assert "another one takes its place" in text and "Traceback" not in text
+
+
+def test_a_bad_test_picture_is_mended_and_the_run_goes_on(tiny_data, tmp_path):
+    """From a checkpoint that is written when it is met, and that goes like the periodic ones."""
+    triples = ast.literal_eval(tiny_data[tiny_data.index("DATASETS.COCO_FORMAT") + 1])
+    folder = Path(shutil.copytree(triples[1][2], tmp_path / "pictures"))
+    data = [*tiny_data, "DATASETS.COCO_FORMAT", str([triples[0], [*triples[1][:2], str(folder)]])]
+    log = tmp_path / "log.txt"
+
+    def args(name):
+        return cli(data, tmp_path / name, *LENGTH, *SEEDED, config="plain")
+
+    assert run(args("whole"), log=log) == 0
+    path = sorted(folder.iterdir())[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-300])
+    log = tmp_path / "stopped.txt"
+    assert run(args("stopped"), log=log) == 2
+    (told,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert path.name in told and "Traceback" not in log.read_text()
+    assert (tmp_path / "stopped" / "last_checkpoint").read_text() == "model_0000007.pth"
+    path.write_bytes(content)
+    assert run(["--resume", *args("stopped")], log=log) == 0
+    expected, found = left_behind(tmp_path / "whole"), left_behind(tmp_path / "stopped")
+    for left in (expected, found):  # the one of iteration 7 is named until it is removed
+        assert "model_0000007.pth" not in left
+        for file in ("model_0000014.pth", "model_0000019.pth", "model_final.pth"):
+            left[file]["trainer"]["place"].pop("checkpoints")
+    assert difference(found, expected) is None
+
+
+def test_a_place_of_another_form_is_refused(tiny_data, tmp_path):
+    """Nothing outside the folder of the run is removed because a checkpoint names it."""
+    log, other = tmp_path / "log.txt", tmp_path / "model_0000001.pth"
+    args = cli(
+        tiny_data, tmp_path / "run", "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", config="plain"
+    )
+    assert run(args, log=log) == 0
+    path = tmp_path / "run" / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    content["trainer"]["place"]["checkpoints"] = ["../model_0000001"] * 9
+    torch.save(content, path)
+    os.remove(f"{path}{HASH}")
+    other.write_bytes(b"of somebody else")
+    log = tmp_path / "resumed.txt"
+    assert run(["--resume", *args], log=log) == 2
+    (told,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "model_final.pth" in told and "its place in the run is of another form" in told
+    assert other.exists()
 
 
 @pytest.fixture

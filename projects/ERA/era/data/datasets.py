@@ -5,13 +5,16 @@
 Every mistake is told as one `UserError` before a model is built. Paths are local.
 """
 
+import functools
 import os
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
 from era.data import image_folders, made
-from era.data.validation import KEY, check_annotation_file, show
+from era.data.annotations import show
+from era.data.pictures import check_pictures
+from era.data.validation import KEY, check_annotation_file
 from era.errors import UserError
 
 UNLABELED_KEY = "DATASETS.UNLABELED"
@@ -46,6 +49,8 @@ def register_from_config(cfg) -> None:
                 )
             new[name] = found
     for name, paths in new.items():
+        if len(paths) == 1:
+            image_folders.on_bad_image[name] = cfg.INPUT.ON_BAD_IMAGE
         if name in DatasetCatalog:
             continue
         if len(paths) == 1:
@@ -63,16 +68,16 @@ def _registered(name: str) -> tuple[str, ...] | None:
     return _own.get(name) if folder is None else (folder,)
 
 
-def check_datasets(cfg, for_training: bool) -> list[str] | None:
+def check_datasets(cfg, for_training: bool, *, pictures: bool = False) -> list[str] | None:
     """Check the sets of ``cfg.DATASETS.TEST`` and, for training, ``TRAIN``; return their classes.
 
+    With ``pictures`` every picture's file is opened too, see `check_pictures`.
     Sets that are made on first use are made before. Sets without a COCO-format file (or in LVIS's variant of it)
     are only asked for their class names; None means that no set knows any. Raises UserError for
     an empty TRAIN in training, an unknown name, a bad file, or class names that differ.
     """
     if for_training and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name at least one dataset to train on")
-    mask_format = cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None
     keys = ("TRAIN", "TEST") if for_training else ("TEST",)
     first, classes = None, None
     for key in keys:
@@ -80,7 +85,7 @@ def check_datasets(cfg, for_training: bool) -> list[str] | None:
         if isinstance(names, str):
             raise UserError(f"DATASETS.{key} is the string {names!r}: write a list, ({names!r},)")
         for name in dict.fromkeys(names):
-            found = _check_dataset(f"DATASETS.{key}", name, key == "TRAIN", mask_format)
+            found = _check_dataset(cfg, f"DATASETS.{key}", name, key == "TRAIN", pictures)
             if found is None:
                 continue
             if classes is None:
@@ -104,7 +109,7 @@ def check_num_classes(class_names: list[str], num_classes: int, key: str) -> Non
 
 
 def _check_dataset(
-    key: str, name: str, needs_objects: bool, mask_format: str | None
+    cfg, key: str, name: str, needs_objects: bool, pictures: bool
 ) -> list[str] | None:
     files = coco_files(key, name)
     declared = MetadataCatalog.get(name).get("thing_classes")
@@ -116,13 +121,32 @@ def _check_dataset(
     if files is None:
         return list(declared) if declared else None
     json_file, image_root = files
-    found = check_annotation_file(name, json_file, image_root, needs_objects, mask_format)
+    found = check_annotation_file(
+        name,
+        json_file,
+        image_root,
+        needs_objects,
+        mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+        num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None,
+        open_pictures=functools.partial(check_pictures, cfg) if pictures else None,
+    )
     if declared and list(declared) != found:  # Detectron2 would stop at a bare assertion
         raise UserError(
             f"dataset {name!r}: the classes in {json_file} are not those that {name!r} stands for "
             f"({_difference(found, list(declared))}): register the file in {KEY} under a new name"
         )
     return found
+
+
+def labeled_records(cfg) -> list[dict]:
+    """Detectron2's records of ``DATASETS.TRAIN`` as its own loader takes them."""
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+    )
 
 
 def coco_files(key: str, name: str) -> tuple[str, str] | None:

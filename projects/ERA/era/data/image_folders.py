@@ -1,17 +1,23 @@
 """Folders of pictures as registered sets without annotations (``DATASETS.IMAGE_FOLDERS``)."""
 
 import functools
+import logging
 import os
+import sys
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
 
 from era.errors import UserError
+from era_runtime.errors import DeploymentError
+from era_runtime.pictures import picture_size
+
+logger = logging.getLogger(__name__)
 
 KEY = "DATASETS.IMAGE_FOLDERS"
 PARTS = ("name", "folder")  # of an entry
 SUFFIXES = (".jpg", ".jpeg", ".png")
-_ORIENTATION = 0x0112  # EXIF; values from 5 on turn a picture on its side
+# INPUT.ON_BAD_IMAGE by name, as the last config that names the folder says.
+on_bad_image: dict[str, str] = {}
 _own: dict[str, str] = {}  # name -> absolute folder
 
 
@@ -52,32 +58,25 @@ def picture_files(name: str, folder: str) -> list[os.DirEntry]:
 def folder_pictures(name: str, folder: str) -> list[dict]:
     """Detectron2's records of a registered folder: ``file_name``, ``height``, ``width``, ``image_id`` from 1 on.
 
-    Of every picture the head is read, for its size as Detectron2 will see it (turned as EXIF says). Raises
-    UserError as `picture_files`, and for a picture that is none.
+    Of every picture the head is read, for its size as it will be seen (turned as EXIF says). Raises
+    UserError as `picture_files`, and for a picture that is none, unless `on_bad_image` says skip: then that is a
+    warning and the picture is left out, except where it is the only one.
     """
-    records = []
+    records, bad = [], ""
     for number, entry in enumerate(picture_files(name, folder), start=1):
         try:
-            with Image.open(entry.path) as picture:
-                width, height = picture.size
-                if _is_turned(picture):
-                    width, height = height, width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(unreadable(entry.path, error)) from error
+            width, height = picture_size(
+                entry.path, max_pixels=sys.maxsize
+            )  # judged when it is read
+        except DeploymentError as error:
+            bad = f"{error}: repair or remove it"
+            if on_bad_image.get(name) != "skip":
+                raise UserError(bad) from error
+            logger.warning("%s; INPUT.ON_BAD_IMAGE skip: it is left out", bad)
+            continue
         records.append(
             {"file_name": entry.path, "height": height, "width": width, "image_id": number}
         )
+    if not records:
+        raise UserError(f"{KEY}: no picture of {folder} can be read, such as: {bad}")
     return records
-
-
-def _is_turned(picture: Image.Image) -> bool:
-    try:
-        return picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF raises whatever it likes; Detectron2 does not turn it then
-        return False
-
-
-def unreadable(path: str, error: Exception) -> str:
-    """One sentence about a picture that cannot be read."""
-    reason = " ".join(str(error).replace(repr(path), "it").split())[:200] or type(error).__name__
-    return f"the picture {path} cannot be read ({reason}): repair or remove it"

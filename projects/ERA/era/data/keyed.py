@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
@@ -16,6 +17,7 @@ from fvcore.transforms.transform import (
 )
 from torch import Tensor
 
+from era.data.pictures import SubstitutingMapper, picture_mapper, with_substitutes
 from era.modeling.teacher_cache import is_on
 from era.modeling.teacher_cache.cache import PICTURE_KEY, UNKEYED_BY
 from era.registry import is_distiller
@@ -84,7 +86,12 @@ def pixels_hash(image: Tensor) -> str:
     return digest.hexdigest()
 
 
-def training_mapper(cfg: CfgNode) -> DatasetMapper | KeyedMapper:
-    """Detectron2's mapper for training, with keys where a teacher's cache asks for them."""
-    mapper = DatasetMapper(cfg, is_train=True)
-    return KeyedMapper(mapper) if is_distiller(cfg) and is_on(cfg) else mapper
+def training_mapper(
+    cfg: CfgNode, records: Sequence[dict] = ()
+) -> DatasetMapper | KeyedMapper | SubstitutingMapper:
+    """The mapper for training, with keys where a teacher's cache asks for them and, where ``INPUT.ON_BAD_IMAGE`` says
+    skip, with substitutes for bad pictures out of the dataset's ``records``, if any are given."""
+    mapper = picture_mapper(cfg, is_train=True)
+    if is_distiller(cfg) and is_on(cfg):
+        mapper = KeyedMapper(mapper)
+    return with_substitutes(cfg, mapper, records)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList
 from detectron2.utils import comm
 from torch.utils import data as torchdata
 
@@ -139,18 +139,13 @@ def _as_it_is(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def labeled_loader(cfg: CfgNode, mapper, batch_size: int) -> TrainLoader:
-    """Batches of ``DATASETS.TRAIN`` in the order that ``DATALOADER.SAMPLER_TRAIN`` says.
+def labeled_loader(cfg: CfgNode, records: list[dict], mapper, batch_size: int) -> TrainLoader:
+    """Batches of labelled pictures in the order that ``DATALOADER.SAMPLER_TRAIN`` says.
 
     Args:
+        records: of ``DATASETS.TRAIN``, :func:`era.data.datasets.labeled_records`.
         batch_size: pictures a batch over all processes.
     """
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-    )
     return TrainLoader(
         records,
         mapper=mapper,

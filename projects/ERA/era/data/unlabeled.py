@@ -9,9 +9,9 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from era.data.datasets import UNLABELED_KEY, coco_files
-from era.data.image_folders import unreadable
 from era.data.keyed import training_mapper
 from era.data.loader import UNLABELED, TrainLoader
+from era.data.pictures import check_pictures
 from era.data.validation import read_pictures
 from era.errors import UserError
 
@@ -29,9 +29,10 @@ def pictures(key: str, name: str) -> list[dict]:
     return [{part: record[part] for part in KEPT if part in record} for record in records]
 
 
-def check_unlabeled(cfg: CfgNode) -> None:
+def check_unlabeled(cfg: CfgNode, *, opened: bool = False) -> None:
     """The sets of ``DATASETS.UNLABELED`` are there, and none of their files is in a set of ``DATASETS.TEST``.
 
+    With ``opened`` every picture's file is opened too, see `check_pictures`.
     Files count as the same by their path, links resolved, not by content. Raises UserError.
     """
     if len(cfg.DATASETS.UNLABELED) == 0:
@@ -42,7 +43,10 @@ def check_unlabeled(cfg: CfgNode) -> None:
         for record in pictures("DATASETS.TEST", name)
     }
     for name in cfg.DATASETS.UNLABELED:
-        for record in pictures(UNLABELED_KEY, name):
+        records = pictures(UNLABELED_KEY, name)
+        if opened:
+            check_pictures(cfg, f"dataset {name!r}", records)
+        for record in records:
             found = tested.get(os.path.realpath(record["file_name"]))
             if found is not None:
                 raise UserError(
@@ -50,24 +54,6 @@ def check_unlabeled(cfg: CfgNode) -> None:
                     "DATASETS.TEST: expected pictures that are not tested on, or the AP says nothing; take them out, "
                     "or test on others"
                 )
-
-
-class UnreadablePicture(UserError):
-    """A picture that could not be read while training: one process of several met it, and the others did not."""
-
-
-class PictureMapper:
-    """The mapper of the labelled pictures, with the same augmentations; raises UnreadablePicture."""
-
-    def __init__(self, cfg: CfgNode):
-        self.mapper = training_mapper(cfg)
-
-    def __call__(self, record: dict) -> dict:
-        """The model's input: ``image`` and what the record holds."""
-        try:
-            return self.mapper(record)
-        except (OSError, SyntaxError) as error:  # what Pillow raises
-            raise UnreadablePicture(unreadable(record["file_name"], error)) from error
 
 
 class MixedLoader:
@@ -88,11 +74,7 @@ class MixedLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         others = iter(self.unlabeled)
         for batch in self.labeled:
-            try:
-                yield batch + next(others)
-            except UnreadablePicture as error:  # out of a worker process it comes with a traceback
-                sentence = str(error).strip().splitlines()[-1]
-                raise UnreadablePicture(sentence.rpartition("UnreadablePicture: ")[2]) from error
+            yield batch + next(others)
 
 
 def build_mixed_loader(cfg: CfgNode, labeled, total_batch_size: int) -> MixedLoader:
@@ -112,7 +94,7 @@ def build_mixed_loader(cfg: CfgNode, labeled, total_batch_size: int) -> MixedLoa
     ]
     unlabeled = TrainLoader(
         records,
-        mapper=PictureMapper(cfg),
+        mapper=training_mapper(cfg, records),
         sampler=lambda found: TrainingSampler(len(found)),
         batch_size=total_batch_size // comm.get_world_size(),
         group_by_shape=cfg.DATALOADER.ASPECT_RATIO_GROUPING,

@@ -1,15 +1,15 @@
 """Checks of a COCO-format annotation file and its images, before Detectron2 reads them."""
 
 import gc
-import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from era.data.annotations import box_array, check_keypoints, check_masks, objects_on_pictures, show
 from era.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,25 +24,39 @@ def check_annotation_file(
     image_root: str,
     needs_objects: bool,
     mask_format: str | None = None,
+    num_keypoints: int | None = None,
+    open_pictures: Callable[[str, list[dict]], None] | None = None,
 ) -> list[str]:
     """Check a COCO-format file and return its class names in Detectron2's order, by category id.
 
     Raises UserError when the file or folder is absent, when the content is not COCO detection
     data, or when no image is usable: its file must exist and, with ``needs_objects`` (training),
-    it must have a non-crowd box of positive width and height. Without ``needs_objects``
+    it must have a non-crowd box with an area on it. Without ``needs_objects``
     (evaluation), annotations need ``area`` and ``iscrowd``, as pycocotools does. For a model with
-    masks ``mask_format`` is INPUT.MASK_FORMAT, and annotations need a ``segmentation``.
+    masks ``mask_format`` is INPUT.MASK_FORMAT, and annotations need a ``segmentation``; for one with keypoints
+    ``num_keypoints`` is how many an object has.
 
-    The file is parsed once. Image files are looked up until one usable image is found, and for
+    The file is parsed once. With ``open_pictures`` it is handed ``at`` (for messages) and the records of the pictures
+    that may be read. Without, image files are looked up until one usable image is found, and for
     at most 200 others, spread evenly; a warning counts the absent ones among these.
     """
     at = f"dataset {name!r}: {json_file}"
     data = _read(name, json_file)
-    image_ids, class_names, category_ids = _check_lists(at, data, json_file)
-    usable = _check_annotations(at, data, image_ids, category_ids, needs_objects)
-    if mask_format is not None:
-        _check_masks(at, data.get("annotations", []), needs_objects and mask_format == "polygon")
-    _check_image_files(at, data["images"], image_root, usable if needs_objects else None)
+    class_names, category_ids = _check_lists(at, data, json_file)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    usable = _check_annotations(at, data, sizes, category_ids, needs_objects)
+    entries = data.get("annotations", [])
+    check_masks(at, entries, sizes, mask_format if needs_objects or mask_format is None else "")
+    check_keypoints(at, entries, num_keypoints)
+    images = data["images"]
+    if open_pictures is None:
+        _check_image_files(at, images, image_root, usable if needs_objects else None)
+        return class_names
+    _check_image_folder(at, image_root, usable if needs_objects else None)
+    if needs_objects:  # Detectron2 leaves the others out
+        read = {entry["image_id"] for entry in entries if not entry.get("iscrowd", 0)}
+        images = [image for image in images if image["id"] in read]
+    open_pictures(at, records_of(images, image_root))
     return class_names
 
 
@@ -57,6 +71,11 @@ def read_pictures(name: str, json_file: str, image_root: str) -> list[dict]:
     _check_ids(at, "images", images)
     _check_pictures(at, images)
     _check_image_files(at, images, image_root, None)
+    return records_of(images, image_root)
+
+
+def records_of(images: list[dict], image_root: str) -> list[dict]:
+    """Detectron2's records of a file's images, without annotations."""
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -100,8 +119,8 @@ def _read(name: str, json_file: str, lists: Sequence[str] = ("images", "categori
     return data
 
 
-def _check_lists(at: str, data: dict, json_file: str) -> tuple[set, list[str], set]:
-    """Check images and categories, and all ids; return image ids, class names, category ids."""
+def _check_lists(at: str, data: dict, json_file: str) -> tuple[list[str], set]:
+    """Check images and categories, and all ids; return class names and category ids."""
     seen: dict[str, set] = {}
     for part in ("images", "annotations", "categories"):
         # COCO 2014's own minival files repeat annotation ids; Detectron2 lets them pass.
@@ -115,7 +134,7 @@ def _check_lists(at: str, data: dict, json_file: str) -> tuple[set, list[str], s
             )
     _check_pictures(at, data["images"])
     ordered = sorted(data["categories"], key=lambda category: category["id"])
-    return seen["images"], [c["name"] for c in ordered], seen["categories"]
+    return [c["name"] for c in ordered], seen["categories"]
 
 
 def _check_ids(at: str, part: str, entries: list, *, may_repeat: bool = False) -> set:
@@ -152,44 +171,31 @@ def _check_pictures(at: str, images: list[dict]) -> None:
                 )
         for side in ("height", "width"):
             value = image.get(side)
-            if not isinstance(value, (int, float)) or not value > 0:
+            if not isinstance(value, (int, float)) or not 0 < value < 1 << 31 or value % 1:
                 raise UserError(
-                    f"{at}: images[{i}] has the {side} {show(value)}: expected a number of pixels"
+                    f"{at}: images[{i}] has the {side} {show(value)}: expected a whole number of pixels"
                 )
 
 
 def _check_annotations(
-    at: str, data: dict, image_ids: set, category_ids: set, needs_objects: bool
+    at: str, data: dict, sizes: dict, category_ids: set, needs_objects: bool
 ) -> set:
-    """Check every annotation; return the ids of images with a non-crowd box of positive size."""
+    """Check every annotation; return the ids of images with a non-crowd box that has an area on them."""
     entries = data.get("annotations", [])
     # Whole columns at once: one Python step per annotation and test would take long on COCO.
     for key, known, part in (
-        ("image_id", image_ids, "images"),
+        ("image_id", sizes.keys(), "images"),
         ("category_id", category_ids, "categories"),
     ):
         column = [entry.get(key) for entry in entries]
-        if not (set(map(type, column)) <= {int} and known.issuperset(column)):
+        if not (set(map(type, column)) <= {int} and set(column) <= known):
             wrong = (i for i, v in enumerate(column) if type(v) is not int or v not in known)
             i = next(wrong)
             raise UserError(
                 f"{at}: annotations[{i}] has the {key} {show(column[i])}, which is no id in "
                 f"{part}: correct it, or remove the annotation"
             )
-    boxes = [entry.get("bbox") for entry in entries]
-    values = None
-    if (
-        set(map(type, boxes)) <= {list}
-        and set(map(len, boxes)) <= {4}
-        and set(map(type, itertools.chain.from_iterable(boxes))) <= {int, float}
-    ):
-        values = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    if values is None or not np.isfinite(values).all():
-        i = next(i for i, box in enumerate(boxes) if not _is_box(box))
-        raise UserError(
-            f"{at}: annotations[{i}] has the bbox {show(boxes[i])}: expected four finite numbers, "
-            "[x, y, width, height] in pixels"
-        )
+    boxes = box_array(at, entries)
     ignored = next((i for i, entry in enumerate(entries) if entry.get("ignore")), None)
     if ignored is not None:
         raise UserError(
@@ -210,42 +216,31 @@ def _check_annotations(
             "it is: number annotations from 1 for a right AP",
             at,
         )
-    good = np.array([not entry.get("iscrowd", 0) for entry in entries], dtype=bool)
-    good &= (values[:, 2] > 0) & (values[:, 3] > 0)
+    good = objects_on_pictures(at, entries, boxes, sizes)
+    good &= np.array([not entry.get("iscrowd", 0) for entry in entries], dtype=bool)
     return {entries[i]["image_id"] for i in np.flatnonzero(good)}
 
 
-def _check_masks(at: str, entries: list[dict], polygons_alone: bool) -> None:
-    """Every annotation has a mask; with ``polygons_alone`` those of single objects are polygons."""
-    for i, entry in enumerate(entries):
-        mask = entry.get("segmentation")
-        if not mask or not isinstance(mask, (list, dict)):
-            raise UserError(
-                f"{at}: annotations[{i}] has the segmentation {show(mask)}: MODEL.MASK_ON True needs "
-                "polygons or run lengths for each annotation; add them, or set MODEL.MASK_ON False"
-            )
-        if polygons_alone and isinstance(mask, dict) and not entry.get("iscrowd"):
-            raise UserError(
-                f"{at}: annotations[{i}] has its segmentation in run lengths, which INPUT.MASK_FORMAT "
-                "polygon cannot be trained on: set INPUT.MASK_FORMAT bitmask"
-            )
-
-
-def _check_image_files(at: str, images: list[dict], image_root: str, usable: set | None) -> None:
-    """Look for one image file that serves (any, if ``usable`` is None), and sample the others."""
+def _check_image_folder(at: str, image_root: str, usable: set | None) -> None:
+    """The folder is there, and something in it can be trained on (``usable``; None where that does not matter)."""
     if not os.path.isdir(image_root):
         raise UserError(
             f"{at}: its image folder {image_root} does not exist: correct its path in {KEY}"
         )
+    if usable is not None and not usable:
+        raise UserError(
+            f"{at} has no object to train on: expected at least one annotation with iscrowd 0 and "
+            "a bbox of positive width and height on its picture"
+        )
+
+
+def _check_image_files(at: str, images: list[dict], image_root: str, usable: set | None) -> None:
+    """Look for one image file that serves (any, if ``usable`` is None), and sample the others."""
+    _check_image_folder(at, image_root, usable)
 
     def exists(image: dict) -> bool:
         return os.path.isfile(os.path.join(image_root, image["file_name"]))
 
-    if usable is not None and not usable:
-        raise UserError(
-            f"{at} has no object to train on: expected at least one annotation with iscrowd 0 and "
-            "a bbox of positive width and height"
-        )
     if not any(exists(image) for image in images if usable is None or image["id"] in usable):
         kind = "image" if usable is None else "image with an object"
         raise UserError(
@@ -262,21 +257,7 @@ def _check_image_files(at: str, images: list[dict], image_root: str, usable: set
         )
 
 
-def _is_box(box) -> bool:
-    return (
-        type(box) is list
-        and len(box) == 4
-        and all(type(v) in (int, float) and math.isfinite(v) for v in box)
-    )
-
-
 def _is_scored(entry: dict) -> bool:
     """Whether an annotation has what pycocotools reads without a default."""
     area = entry.get("area")
     return type(area) in (int, float) and math.isfinite(area) and entry.get("iscrowd") in (0, 1)
-
-
-def show(value) -> str:
-    """A value of a user's file for a message, cut to 80 characters."""
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

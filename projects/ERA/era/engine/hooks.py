@@ -50,12 +50,16 @@ class Checkpoints(HookBase):
         """Raises UserError where a checkpoint cannot be written."""
         iteration = self.trainer.iter
         if self.period > 0 and (iteration + 1) % self.period == 0:
-            name = f"model_{iteration:07d}"
-            self.names = [*(other for other in self.names if other != name), name]
-            self.checkpointer.save(name, iteration=iteration)
-            self.go_on_with(self.names)
+            self.write(iteration)
         if iteration >= self.trainer.max_iter - 1:
             self.checkpointer.save("model_final", iteration=iteration)
+
+    def write(self, iteration: int) -> None:
+        """A checkpoint as the periodic ones, after this iteration. Raises UserError where it cannot be written."""
+        name = f"model_{iteration:07d}"
+        self.names = [*(other for other in self.names if other != name), name]
+        self.checkpointer.save(name, iteration=iteration)
+        self.go_on_with(self.names)
 
     def go_on_with(self, names: list[str]) -> None:
         """These were written, of which only the last stay. A checkpoint also names those that it replaces."""
@@ -90,8 +94,10 @@ class KeepBest(HookBase):
         problem = "unreadable" if data is None else damage(path)
         if problem:
             logger.warning("%s is damaged (%s): the best is looked for anew.", path, problem)
-        elif data.get("best", {}).get("metric") == self.metric:
-            self.value = data["best"]["value"]
+            return
+        match data.get("best"):
+            case {"metric": self.metric, "value": float(value)}:
+                self.value = value
 
     def after_step(self) -> None:
         """After the hook that evaluates."""

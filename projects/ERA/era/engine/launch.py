@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from era import compat
 from era.checkpoint.writing import cannot_be_written
-from era.data.unlabeled import UnreadablePicture
+from era.data.pictures import UnreadablePicture
 from era.engine.evaluation import evaluate, evaluate_teacher
 from era.engine.preflight import (
     build_for_evaluation,
@@ -211,7 +211,7 @@ def _full_disk_in_one_sentence():
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    # Detectron2 logs divergence, and what is told in one sentence, with its traceback; the log gets the sentence alone.
+    # Detectron2 logs what ends training with its traceback; the log gets the sentence alone where there is one.
     if record.exc_info and isinstance(record.exc_info[1], (FloatingPointError, UserError)):
         record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
     return True

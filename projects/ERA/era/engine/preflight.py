@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import operator
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from era.checkpoint.reading import SafeCheckpointer
+from era.checkpoint.reading import SafeCheckpointer, misfits
 from era.checkpoint.settings import settings_of
 from era.checkpoint.teacher import TeacherRecord
 from era.config import INHERIT_NOTHING, load_config, student_config, validate_config
@@ -29,6 +32,24 @@ from era.modeling.teacher_cache import cache_folder
 from era.registry import is_distiller, methods_of
 
 logger = logging.getLogger(__name__)
+
+MOST = sys.float_info.max
+# Least and most that training can work with.
+RANGES = (
+    ("SOLVER.MAX_ITER", 1, MOST),
+    ("SOLVER.IMS_PER_BATCH", 1, MOST),
+    ("SOLVER.BASE_LR", 0, MOST),
+    ("SOLVER.MOMENTUM", 0, 1),
+    ("SOLVER.WEIGHT_DECAY", 0, MOST),
+    ("SOLVER.GAMMA", 0, MOST),
+    ("SOLVER.WARMUP_FACTOR", 0, 1),
+    ("SOLVER.WARMUP_ITERS", 0, MOST),
+    ("SOLVER.CHECKPOINT_PERIOD", 0, MOST),  # 0 = at the end only
+    ("TEST.EVAL_PERIOD", 0, MOST),
+    ("DATALOADER.NUM_WORKERS", 0, 1024),
+    ("INPUT.MAX_SIZE_TRAIN", 1, MOST),
+)
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 
 
 def setup_config(args: argparse.Namespace) -> CfgNode:
@@ -49,6 +70,7 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
     validate_config(cfg)
     world_size = args.num_gpus * args.num_machines
     if not args.eval_only:
+        check_schedule(cfg)
         cfg = scale_to_world(cfg, world_size)
         cfg.defrost()
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
@@ -59,6 +81,34 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
             )
     cfg.freeze()
     return cfg
+
+
+def check_schedule(cfg: CfgNode) -> None:
+    """Numbers of ``SOLVER`` and ``DATALOADER`` that training can work with.
+
+    Raises:
+        UserError: the first that is not.
+    """
+    for key, low, high in RANGES:
+        value = functools.reduce(operator.getitem, key.split("."), cfg)
+        if not low <= value <= high:  # NaN neither
+            upper = f" to {high:g}" if high < MOST else " or more, and finite"
+            raise UserError(f"{key} is {value}: expected {low:g}{upper}; set it so.")
+    steps = cfg.SOLVER.STEPS
+    if any(type(s) is not int or s < 0 for s in steps) or list(steps) != sorted(set(steps)):
+        raise UserError(
+            f"SOLVER.STEPS is {tuple(steps)}: expected rising numbers of iterations; set it so."
+        )
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in SCHEDULES:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}: expected one of "
+            f"{', '.join(SCHEDULES)}."
+        )
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if not sizes or any(type(size) is not int or size < 0 for size in sizes):
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}: expected one or more numbers of pixels; set it so."
+        )
 
 
 def keys_with_value(cfg: CfgNode, value: object, prefix: str = "") -> Iterator[str]:
@@ -84,7 +134,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"--num-gpus is {args.num_gpus}, this machine has {torch.cuda.device_count()}: ask for at "
             "most that."
         )
-    check_data(cfg, for_training=not args.eval_only)
+    check_data(cfg, for_training=not args.eval_only, pictures=True)
     check_writable(cfg.OUTPUT_DIR)
     settings = settings_of(cfg, processes=args.num_gpus * args.num_machines)
     folder = cache_folder(cfg) if is_distiller(cfg) and not args.eval_only else None
@@ -97,7 +147,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         if args.eval_only:
             build_for_evaluation(cfg, resume=args.resume)
         else:
-            model = build_model(cfg)
+            model = build_model_of(cfg)
             checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
             if not (args.resume and checkpointer.has_checkpoint()):
@@ -137,16 +187,19 @@ def check_start(cfg: CfgNode, model: nn.Module, checkpointer: SafeCheckpointer) 
         )
 
 
-def check_data(cfg: CfgNode, *, for_training: bool) -> None:
+def check_data(cfg: CfgNode, *, for_training: bool, pictures: bool = False) -> None:
     """Register datasets of one's own and check all that the config names.
+
+    Args:
+        pictures: open every picture's file as well.
 
     Raises:
         UserError: see :mod:`era.data.datasets` and :mod:`era.data.unlabeled`.
     """
     register_from_config(cfg)
-    class_names = check_datasets(cfg, for_training=for_training)
+    class_names = check_datasets(cfg, for_training=for_training, pictures=pictures)
     if for_training:
-        check_unlabeled(cfg)
+        check_unlabeled(cfg, opened=pictures)
     student = student_config(cfg)
     family = known_family(student)
     if class_names is not None and family is not None:
@@ -193,14 +246,26 @@ def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
         if method.needs(cfg).teacher_at_inference
     }
     builds_distiller = bool(teacher_detects) or (is_distiller(cfg) and cfg.TEST.EVAL_TEACHER)
-    model = build_model(cfg if builds_distiller else student_config(cfg))
+    model = build_model_of(cfg if builds_distiller else student_config(cfg))
     checkpointer = SafeCheckpointer(
         model, cfg.OUTPUT_DIR, save_to_disk=False, **teacher_record(model)
     )
     path = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         path = checkpointer.get_checkpoint_file()
+    if not path:
+        raise UserError(
+            'MODEL.WEIGHTS is "": --eval-only judges trained weights; name a checkpoint, or add --resume to take the '
+            "last one of OUTPUT_DIR."
+        )
     checkpointer.load(path)
+    problems = student_misfits(checkpointer.incompatible)
+    if problems:
+        more = f" (and {len(problems) - 1} more keys differ)" if len(problems) > 1 else ""
+        raise UserError(
+            f"MODEL.WEIGHTS {path!r} does not fit the student of the config: it {problems[0]}{more}; expected weights of "
+            "exactly this architecture; give those, or the config that they belong to."
+        )
     if teacher_detects and not checkpointer.filled_methods:
         keys = ", ".join(method.alpha_key or name for name, method in teacher_detects.items())
         raise UserError(
@@ -209,6 +274,30 @@ def build_for_evaluation(cfg: CfgNode, *, resume: bool) -> torch.nn.Module:
             "(OUTPUT_DIR/model_final.pth), or set alpha 0."
         )
     return model
+
+
+def build_model_of(cfg: CfgNode) -> torch.nn.Module:
+    """Detectron2's ``build_model``, whose assertions become a sentence.
+
+    Raises:
+        UserError: parts of the config do not fit each other.
+    """
+    try:
+        return build_model(cfg)
+    except UserError:
+        raise
+    except Exception as e:  # every part of a model has its own way to refuse a value
+        reason = " ".join(str(e).split())[:200] or "an assertion of Detectron2 failed"
+        raise UserError(
+            f"the model of this config cannot be built ({type(e).__name__}: {reason}): expected values under MODEL that "
+            "fit each other; correct them."
+        ) from e
+
+
+def student_misfits(wrong) -> list[str]:
+    """:func:`~era.checkpoint.reading.misfits`, but for the modules of methods and what hangs on the teacher: whether a
+    file has those is asked apart."""
+    return [problem for problem in misfits(wrong) if " methods." not in problem]
 
 
 def teacher_record(model: nn.Module) -> dict[str, TeacherRecord]:

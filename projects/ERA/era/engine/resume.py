@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 
 from detectron2.utils.events import EventStorage, JSONWriter
 
@@ -38,6 +39,40 @@ def put_scalars_back(storage: EventStorage, scalars: dict[str, dict]) -> None:
     for name, scalar in scalars.items():
         for value, iteration in scalar["values"]:
             storage.put_scalar(name, value, smoothing_hint=scalar["smooth"], cur_iter=iteration)
+
+
+def check_place(state: dict) -> None:
+    """What a checkpoint says of the place in the run is of the form that ``Trainer.state_dict`` gives, for the file may
+    come from anybody, and the checkpoints that it names are removed one by one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    place = state.get("place")
+    match state["iteration"], place:
+        case int(), None:  # of a version without it
+            return
+        case int(), {
+            "seed": int(),
+            "scalars": dict(scalars),
+            "metrics_written": int(),
+            "checkpoints": list(names),
+        } if all(map(_is_scalar, scalars.values())) and all(map(_is_name, names)):
+            return
+    raise ValueError("its place in the run is of another form")
+
+
+def _is_scalar(scalar: object) -> bool:
+    match scalar:
+        case {"smooth": bool(), "values": list(values)}:
+            return all(
+                isinstance(pair, list) and list(map(type, pair)) == [float, int] for pair in values
+            )
+    return False
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"model_[0-9]{7,}", name) is not None
 
 
 class MetricsFile(JSONWriter):

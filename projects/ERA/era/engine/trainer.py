@@ -13,7 +13,6 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
@@ -27,11 +26,18 @@ from era import compat
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.settings import settings_of
 from era.config import INHERIT_FPN, INHERIT_NOTHING
+from era.data.datasets import labeled_records
 from era.data.keyed import training_mapper
-from era.data.loader import TrainLoader, labeled_loader
+from era.data.loader import labeled_loader
+from era.data.pictures import BadTestPictures, WatchedLoader
 from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
-from era.data.unlabeled import MixedLoader, build_mixed_loader
-from era.engine.evaluation import DetectionEvaluator, evaluate, evaluate_teacher
+from era.data.unlabeled import build_mixed_loader
+from era.engine.evaluation import (
+    DetectionEvaluator,
+    build_test_loader,
+    evaluate,
+    evaluate_teacher,
+)
 from era.engine.hooks import (
     CacheFigures,
     Checkpoints,
@@ -41,7 +47,7 @@ from era.engine.hooks import (
     best_metric,
 )
 from era.engine.preflight import check_start, teacher_record
-from era.engine.resume import MetricsFile, put_scalars_back, scalars_of
+from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalars_of
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.modeling.distiller import Distiller
 from era.modeling.teacher_cache import build_teacher_cache
@@ -240,7 +246,9 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Inverse of :meth:`state_dict`; a checkpoint of a version without the place in the run is accepted."""
+        """Inverse of :meth:`state_dict`; a checkpoint of a version without the place in the run is accepted.
+        Raises ValueError where the place is of another form."""
+        check_place(state_dict)
         super().load_state_dict(state_dict)
         self._resumed = state_dict.get("place")
         if self._resumed is not None and self.cfg.SEED < 0:
@@ -301,7 +309,8 @@ class Trainer(DefaultTrainer):
             if metric := best_metric(cfg):
                 best = KeepBest(self.checkpointer, metric, resumed=lambda: self.start_iter > 0)
                 ret.insert(-1, best)  # after the evaluation, before the writers
-            ret.append(SaveStudent())
+            # Before the evaluation, which may find a picture that ends the run.
+            ret.insert([isinstance(hook, EvalHook) for hook in ret].index(True), SaveStudent())
         return ret
 
     def build_writers(self) -> list[EventWriter]:
@@ -311,21 +320,20 @@ class Trainer(DefaultTrainer):
         return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(folder)]
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader | MixedLoader:
+    def build_train_loader(cls, cfg: CfgNode) -> WatchedLoader:
         """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes; where
         ``DATASETS.UNLABELED`` names sets, ``UNLABELED_PER_BATCH / ACCUMULATION_STEPS`` of them without labels."""
         steps = cfg.SOLVER.ACCUMULATION_STEPS
         total = cfg.SOLVER.IMS_PER_BATCH // steps
-        if len(cfg.DATASETS.UNLABELED) == 0:
-            return labeled_loader(cfg, training_mapper(cfg), total)
-        unlabeled = cfg.SOLVER.UNLABELED_PER_BATCH // steps
-        labeled = labeled_loader(cfg, training_mapper(cfg), total - unlabeled)
-        return build_mixed_loader(cfg, labeled, unlabeled)
+        unlabeled = cfg.SOLVER.UNLABELED_PER_BATCH // steps if len(cfg.DATASETS.UNLABELED) else 0
+        records = labeled_records(cfg)
+        loader = labeled_loader(cfg, records, training_mapper(cfg, records), total - unlabeled)
+        return WatchedLoader(build_mixed_loader(cfg, loader, unlabeled) if unlabeled else loader)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """Detectron2's test loader."""
-        return build_detection_test_loader(cfg, dataset_name)
+        """The loader that :func:`era.engine.evaluation.evaluate` uses."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
@@ -340,11 +348,14 @@ class Trainer(DefaultTrainer):
         if self.is_preparation:
             return OrderedDict()
         if isinstance(self.model, DistributedDataParallel):
-            for buffer in (
-                self.bare_model.buffers()
-            ):  # such as BatchNorm's, which each process has its own of
+            for buffer in self.bare_model.buffers():  # such as BatchNorm's, of each process's own
                 dist.broadcast(buffer, 0)
-        results = evaluate(cfg, model)
+        try:
+            results = evaluate(cfg, model)
+        except BadTestPictures:  # in every process alike: what was learnt so far stays
+            if self._checkpoints and self.iter < self.max_iter:  # else it was saved already
+                self._checkpoints.write(self.iter)
+            raise
         if cfg.TEST.EVAL_TEACHER and isinstance(self.bare_model, Distiller):
             if self._teacher_results is None:
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)

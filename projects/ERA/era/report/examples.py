@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from era.errors import UserError
@@ -16,6 +15,8 @@ from era.report.scored import Scored
 from era.runs import compare
 from era.runs.compare import MIN_SCORE, Box, Example
 from era.runs.dataset import Dataset
+from era_runtime.errors import DeploymentError
+from era_runtime.pictures import read_picture
 
 SHOWN_FROM = 0.2  # score from which on detections are in the report, for the slider
 SIDE = 640  # longest side of a picture in the report, pixels
@@ -162,11 +163,9 @@ def data_uri(path: str) -> str:
         UserError: it cannot be read.
     """
     try:
-        image = Image.fromarray(read_image(path, "RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(
-            f"the test image {path} cannot be read ({e}): mend it, or use --pictures 0."
-        ) from e
+        image = read_picture(path).convert("RGB")
+    except DeploymentError as e:
+        raise UserError(f"{e}: mend it, or use --pictures 0.") from e
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=QUALITY, subsampling=0)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
 from era.addresses import check_bases
+from era.data.pictures import picture_mapper
 from era.engine.hooks import STUDENT_FOLDER
 from era.engine.preflight import build_for_evaluation
 from era.modeling.distiller import Distiller
@@ -104,7 +105,7 @@ def interleaved_times(
 
 
 def _inputs(cfg: CfgNode, count: int) -> list[dict]:
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = picture_mapper(cfg, is_train=False)
     return [mapper(entry) for entry in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from era import environment
 from era.checkpoint.reading import load_exactly
 from era.config import get_era_cfg, merge_config, student_config
 from era.data.datasets import check_datasets, coco_files, register_from_config
+from era.data.pictures import PictureMapper, picture_mapper
 from era.engine.preflight import check_writable
 from era.errors import UserError
 from era.methods.checks import check_level_names, check_levels
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     levels = common_levels(sources, detectors, args.levels)
     dataset, entries = pictures_of(cfgs[0], args.dataset, args.pictures)
-    moments = measure(entries, DatasetMapper(cfgs[0], is_train=False), detectors, levels)
+    moments = measure(entries, picture_mapper(cfgs[0], is_train=False), detectors, levels)
     check_positions(moments, detectors, len(entries))
     names = [source.name for source in sources]
     by_level = {level: named(names, found.costs()) for level, found in moments.items()}
@@ -240,7 +241,7 @@ def pictures_of(cfg: CfgNode, dataset: str, count: int) -> tuple[str, list[dict]
 @torch.no_grad()
 def measure(
     entries: Sequence[dict],
-    mapper: DatasetMapper,
+    mapper: PictureMapper,
     detectors: Sequence[Teacher],
     levels: Sequence[str],
 ) -> dict[str, Moments]:
