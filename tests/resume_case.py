@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from detectron2.engine import defaults
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from era.checkpoint import writing
 from era.engine import launch
@@ -105,6 +107,7 @@ def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            forget_loggers()
             torch.set_num_threads(1)
             mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
             defaults.collect_env_info = lambda: "not of interest here"  # it starts programs
@@ -132,6 +135,15 @@ def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"the run of {log} took more than {LIMIT} s")
+
+
+def forget_loggers() -> None:
+    """Nothing is written to the streams of tests that ran before in this process, which are closed."""
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    for logger in loggers:
+        if isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+    setup_logger.cache_clear()
 
 
 def lines(folder: Path) -> list[dict]:

@@ -8,6 +8,7 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -273,8 +274,7 @@ class Trainer(DefaultTrainer):
 
     def _after_checkpoint(self) -> list[HookBase]:
         """Hooks that come after the one that writes checkpoints; the evaluation is the first."""
-        is_evaluation = [isinstance(hook, EvalHook) for hook in self._hooks]
-        return self._hooks[is_evaluation.index(True) :]
+        return self._hooks[place_of_evaluation(self._hooks) :]
 
     def run_step(self) -> None:
         """A step whose random numbers follow from the seed, the iteration and the process alone."""
@@ -310,7 +310,7 @@ class Trainer(DefaultTrainer):
                 best = KeepBest(self.checkpointer, metric, resumed=lambda: self.start_iter > 0)
                 ret.insert(-1, best)  # after the evaluation, before the writers
             # Before the evaluation, which may find a picture that ends the run.
-            ret.insert([isinstance(hook, EvalHook) for hook in ret].index(True), SaveStudent())
+            ret.insert(place_of_evaluation(ret), SaveStudent())
         return ret
 
     def build_writers(self) -> list[EventWriter]:
@@ -361,3 +361,9 @@ class Trainer(DefaultTrainer):
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
             results["teacher"] = self._teacher_results
         return results
+
+
+def place_of_evaluation(hooks: Sequence[HookBase]) -> int:
+    """Where the evaluation stands among hooks; their number if there is none."""
+    found = (i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+    return next(found, len(hooks))
