@@ -11,12 +11,14 @@ classes override protected methods of their Detectron2 base, and pass on to it, 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.engine.hooks import PreciseBN
+from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker, _find_free_port
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
@@ -66,6 +68,38 @@ def precise_bn_loader(hook: PreciseBN):
 def last_evaluation(trainer: TrainerBase) -> dict | None:
     """What ``DefaultTrainer``'s last evaluation found; ``DefaultTrainer._last_eval_results``, a59f0563."""
     return getattr(trainer, "_last_eval_results", None)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at; ``_find_free_port``, a59f0563."""
+    return _find_free_port()
+
+
+def join_run(
+    function: Callable[..., object],
+    args: tuple,
+    *,
+    local_rank: int,
+    processes: int,
+    machines: int,
+    machine_rank: int,
+    url: str,
+) -> None:
+    """Meet the other processes of a run at ``url``, then ``function(*args)``; ``_distributed_worker``, a59f0563.
+
+    Args:
+        local_rank: of this process on this machine.
+        processes: on each machine.
+    """
+    world = processes * machines
+    _distributed_worker(
+        local_rank, function, world, processes, machine_rank, url, args, DEFAULT_TIMEOUT
+    )
+
+
+def cpu_group() -> dist.ProcessGroup:
+    """All processes, for tensors on the CPU, which cost no wait for a GPU; ``_get_global_gloo_group``, a59f0563."""
+    return comm._get_global_gloo_group()
 
 
 def leave_process_group() -> None:

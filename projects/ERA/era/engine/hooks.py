@@ -55,7 +55,8 @@ class Checkpoints(HookBase):
             self.checkpointer.save("model_final", iteration=iteration)
 
     def write(self, iteration: int) -> None:
-        """A checkpoint as the periodic ones, after this iteration. Raises UserError where it cannot be written."""
+        """One of the periodic ones, after this iteration, whether it is due or not. Raises UserError where it cannot be
+        written."""
         name = f"model_{iteration:07d}"
         self.names = [*(other for other in self.names if other != name), name]
         self.checkpointer.save(name, iteration=iteration)

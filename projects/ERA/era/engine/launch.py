@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessRaisedException
 
 from era import compat
 from era.checkpoint.writing import cannot_be_written
@@ -25,6 +27,15 @@ from era.engine.preflight import (
     check_data,
     preflight,
     setup_config,
+)
+from era.engine.processes import Launch, Outcome, is_stop, run_processes, stopped_sentence
+from era.engine.stopping import (
+    EXIT_SIGNAL,
+    STOP_SIGNALS,
+    Stopped,
+    how_to_go_on,
+    name_of,
+    stop_signals,
 )
 from era.engine.trainer import Trainer
 from era.errors import UserError
@@ -47,6 +58,14 @@ examples:
   evaluate:                %(prog)s --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
   what can be distilled:   %(prog)s --list-methods
 
+Ctrl-C, SIGTERM and SIGUSR1 finish the step at work, write a checkpoint and print the command that goes on.
+
+exit status:
+  0     done
+  1     failed, as after a loss that is not finite or a process that was killed
+  2     a mistake in the command, the config or the data, told in one sentence
+  128+n asked to stop by signal n: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1; go on with --resume
+
 Trailing KEY VALUE pairs override the config; README.md lists this project's keys.
 """
 
@@ -65,6 +84,13 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = default_argument_parser(epilog=EPILOG)
     parser.description = (
         "Train or evaluate: distilled students, teachers and plain baselines, by config."
+    )
+    parser.add_argument(
+        "--stop-signals",
+        default=STOP_SIGNALS,
+        metavar="NAMES",
+        help="signals that ask to stop as Ctrl-C does, such as the one of sbatch --signal; comma-separated "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--list-methods",
@@ -91,16 +117,22 @@ def train_net(argv: list[str] | None = None) -> None:
 
     Raises:
         UserError: one sentence for a user's mistake.
-        SystemExit: training diverged, or a spawned process failed; the sentence is on standard error.
+        SystemExit: training diverged, was asked to stop, or a spawned process failed; the sentence is on standard
+            error.
     """
     parser = argument_parser()
     args = parser.parse_args(argv)
     if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
         args.dist_url = "auto"  # Detectron2's own default is one port for all runs of a user
     setup_logger(name="era")
-    cfg = setup_config(args)
-    preflight(cfg, args)
-    launch_processes(run_process, args)
+    try:
+        with stop_signals(args.stop_signals):
+            cfg = setup_config(args)
+            preflight(cfg, args)
+            launch_processes(run_process, args)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.status)
 
 
 def launch_processes(
@@ -122,39 +154,68 @@ def launch_processes(
             f"--dist-url is auto with --num-machines {args.num_machines}: expected the same "
             "tcp://HOST:PORT of machine 0 on all of them; name it."
         )
+    if args.num_gpus * args.num_machines == 1:
+        function(args)
+        return
+    how = Launch(
+        args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args.stop_signals
+    )
     for attempt in range(1, PORT_ATTEMPTS + 1):
-        try:
-            launch(
-                function,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
-            return
-        except ProcessExitedException as e:
-            if not e.signal_name:  # it told what is wrong and left
-                sys.exit(e.exit_code)
-            print(
-                f"error: process {e.error_index} of the run was killed by {e.signal_name}: go on with "
-                "--resume (SIGKILL often means that memory ran out).",
-                file=sys.stderr,
-            )
-            sys.exit(EXIT_FAILED)
-        except ProcessRaisedException as e:
-            if "init_process_group" not in e.msg:
-                raise
-            is_taken = "EADDRINUSE" in e.msg
-            if args.dist_url == "auto" and is_taken and attempt < PORT_ATTEMPTS:
-                logger.info("Somebody else has taken the port: trying another one.")
-                continue
-            reason = "the port is in use" if is_taken else e.msg.strip().splitlines()[-1][:200]
-            raise UserError(
-                f"the processes cannot meet at --dist-url {args.dist_url} ({reason}): expected "
-                "tcp://HOST:PORT, a free port of machine 0 that all machines reach; name another, or "
-                "leave --dist-url out on a single machine."
-            ) from e
+        outcome = run_processes(function, (args,), how)
+        is_taken = "init_process_group" in outcome.traceback and "EADDRINUSE" in outcome.traceback
+        if args.dist_url == "auto" and is_taken and attempt < PORT_ATTEMPTS:
+            logger.info("Somebody else has taken the port: trying another one.")
+            continue
+        _leave_as(outcome, args, is_taken=is_taken)
+        return
+
+
+def _leave_as(outcome: Outcome, args: argparse.Namespace, *, is_taken: bool) -> None:
+    """End this program as the processes of the run ended; return if they are done."""
+    first, traceback = outcome.first, outcome.traceback
+    if outcome.at_once or (outcome.asked and traceback):
+        print(stopped_sentence(outcome), file=sys.stderr)
+        sys.exit(EXIT_SIGNAL + outcome.asked)
+    if first is None:
+        stopped = [code for code in outcome.codes if is_stop(code)]
+        if stopped and args.machine_rank == 0 and not is_stop(outcome.codes[0]):
+            print(stopped_sentence(outcome), file=sys.stderr)
+        if stopped:
+            sys.exit(stopped[0])
+        return
+    code = outcome.codes[first]
+    rank = args.machine_rank * args.num_gpus + first
+    if code < 0:
+        print(
+            f"error: {_killed(f'process {rank} of the run (rank {rank})', -code)}", file=sys.stderr
+        )
+        sys.exit(EXIT_FAILED)
+    if not traceback:  # it told what is wrong and left
+        sys.exit(code)
+    raised = ProcessRaisedException(
+        f"\n\n-- Process {rank} terminated with the following error:\n{traceback}", first, -1
+    )
+    if "init_process_group" not in traceback:
+        raise raised
+    reason = "the port is in use" if is_taken else traceback.strip().splitlines()[-1][:200]
+    raise UserError(
+        f"the processes cannot meet at --dist-url {args.dist_url} ({reason}): expected "
+        "tcp://HOST:PORT, a free port of machine 0 that all machines reach; name another, or "
+        "leave --dist-url out on a single machine."
+    ) from raised
+
+
+def _killed(who: str, number: int) -> str:
+    causes = {
+        signal.SIGKILL: "mostly by the system for want of memory, which `dmesg` tells: lower DATALOADER.NUM_WORKERS or "
+        "SOLVER.IMS_PER_BATCH",
+        signal.SIGBUS: "mostly because /dev/shm is full: make it larger or lower DATALOADER.NUM_WORKERS",
+    }
+    cause = causes.get(number, "which is a fault in native code, or somebody sent it")
+    return (
+        f"{who} was killed by {name_of(number)}, {cause}. The other processes of this machine are ended and what was "
+        f"saved is whole. {how_to_go_on()}"
+    )
 
 
 def run_process(args: argparse.Namespace) -> dict | None:
@@ -179,6 +240,12 @@ def run_process(args: argparse.Namespace) -> dict | None:
         if comm.is_main_process() or isinstance(e, UnreadablePicture):
             print(f"error: {e}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except RuntimeError as e:
+        if not (number := _loader_signal(e)):
+            raise
+        who = f"a process of the data loader of rank {comm.get_rank()}"
+        print(f"error: {_killed(who, number)}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except FloatingPointError as e:  # of Detectron2, or of StepTrainer; maybe in this process alone
         reason = " ".join(str(e).split())
         print(
@@ -210,9 +277,29 @@ def _full_disk_in_one_sentence():
         logging.raiseExceptions = logged
 
 
+def _loader_signal(error: BaseException | None) -> int:
+    """The signal that ended a process of torch's data loader, by the error about it; 0 for other errors."""
+    names = {signal.strsignal(number): number for number in signal.Signals}
+    while error is not None:
+        found = re.match(r"DataLoader worker \(pid \d+\) is killed by signal: ([^.]*)", str(error))
+        if found:
+            return int(names.get(found[1], 0))
+        error = error.__cause__ or error.__context__
+    return 0
+
+
+def _is_told(error: BaseException) -> bool:
+    lost_another = isinstance(error, RuntimeError) and "by peer" in str(error)  # the launcher tells
+    return (
+        lost_another
+        or isinstance(error, (FloatingPointError, UserError))
+        or _loader_signal(error) > 0
+    )
+
+
 def _without_traceback(record: logging.LogRecord) -> bool:
-    # Detectron2 logs what ends training with its traceback; the log gets the sentence alone where there is one.
-    if record.exc_info and isinstance(record.exc_info[1], (FloatingPointError, UserError)):
+    # Detectron2 logs every end of training with its traceback; of what is told otherwise the log gets the sentence.
+    if record.exc_info and _is_told(record.exc_info[1]):
         record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
     return True
 

@@ -50,6 +50,7 @@ from era.engine.hooks import (
 from era.engine.preflight import check_start, teacher_record
 from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalars_of
 from era.engine.schedule import amp_dtype, scale_to_world
+from era.engine.stopping import StopAtSignal, interruptible
 from era.modeling.distiller import Distiller
 from era.modeling.teacher_cache import build_teacher_cache
 from era.registry import is_distiller
@@ -293,6 +294,7 @@ class Trainer(DefaultTrainer):
         figures of the teacher's cache, and the plain student at the end."""
         cfg = self.cfg
         ret = super().build_hooks()
+        StopAtSignal.insert(ret)
         if self.cfg.MODEL.DEVICE.startswith("cuda"):
             ret.insert(0, GpuMemory())  # before the writers
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
@@ -319,6 +321,10 @@ class Trainer(DefaultTrainer):
         self._metrics_file = MetricsFile(os.path.join(folder, "metrics.json"))
         return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(folder)]
 
+    def save_checkpoint(self, iteration: int) -> None:
+        """As the periodic checkpoints, out of turn; on the main process."""
+        self._checkpoints.write(iteration)
+
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> WatchedLoader:
         """Batches of ``IMS_PER_BATCH / ACCUMULATION_STEPS`` images over all processes; where
@@ -342,6 +348,7 @@ class Trainer(DefaultTrainer):
             dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
         )
 
+    @interruptible()
     def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once. Nothing where only a
         part of a method is trained. All processes evaluate with the main one's buffers, as checkpoints hold them."""
