@@ -17,6 +17,7 @@ from PIL import Image
 
 from era import compat
 from era.engine.launch import argument_parser, launch_processes, train_net
+from era.engine.processes import Outcome
 from era.engine.trainer import StepTrainer
 from era.errors import UserError
 
@@ -80,17 +81,26 @@ def test_a_port_that_is_taken_in_between(monkeypatch):
             launch_processes(print, args)
     assert "\n" not in str(e.value)
 
-    failure, urls = e.value.__cause__, []  # what really happens, once more
+    traceback, hows = e.value.__cause__.msg, []  # what really happens, once more
 
-    def taken_once(*_, dist_url, **__):
-        urls.append(dist_url)
-        if len(urls) == 1:
-            raise failure
+    def taken_once(function, args, how):
+        hows.append(how)
+        codes, first = ([1, 0], 0) if len(hows) == 1 else ([0, 0], None)
+        return Outcome(
+            asked=0,
+            at_once=False,
+            codes=codes,
+            first=first,
+            traceback=traceback if codes[0] else "",
+        )
 
-    monkeypatch.setattr("era.engine.launch.launch", taken_once)
+    monkeypatch.setattr("era.engine.launch.run_processes", taken_once)
     args.dist_url = "auto"
     launch_processes(print, args)
-    assert urls == ["auto", "auto"]  # each time Detectron2 looks for another free port
+    assert [how.url for how in hows] == [
+        "auto",
+        "auto",
+    ]  # each time another free port is looked for
 
 
 def test_several_machines_need_an_address():

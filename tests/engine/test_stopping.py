@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+import torch
 from builders import REPO, cli
+from resume_case import difference, lines
 from stop_case import command, forked
 
 from era.engine import processes, trainer
@@ -64,9 +66,43 @@ def test_ctrl_c_and_the_command_that_it_tells(tiny_data, tmp_path):
     assert f"stopped by SIGINT: {done} of 100000 iterations are done" in text
     again = shlex.split(text[text.index("Go on with:\n") :].splitlines()[1])
     assert again[1:3] == ["tools/train_net.py", "--resume"]
-    with command([*again, "SOLVER.MAX_ITER", done + 1], tmp_path / "again") as run:
-        assert run.end() == 0
+    with forked([*again[2:], "SOLVER.MAX_ITER", done + 1], tmp_path / "again") as run:
+        assert run.end() == 0, run.text[-3000:]
         assert f"{STEPS} {done}" in run.text
+
+
+def test_what_was_stopped_goes_on_exactly(tiny_data, tmp_path):
+    """After a step, and out of the evaluation that follows another."""
+
+    def ask_in_step():
+        own = trainer.Trainer.run_step
+
+        def run_step(self):
+            if self.iter == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            own(self)
+
+        trainer.Trainer.run_step = run_step
+
+    def ask_in_evaluation():
+        trainer.evaluate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    def run_of(name, *more, prepare=lambda: None):
+        opts = ["SOLVER.MAX_ITER", "8", "SEED", "5", "TEST.EVAL_PERIOD", "5"]
+        args = [*more, *cli(tiny_data, tmp_path / name, *opts, config="plain")]
+        with forked(args, tmp_path / f"{name}.log", prepare) as run:
+            return run.end()
+
+    def result_of(name):
+        final = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
+        return final["model"], final["trainer"]["_trainer"]["optimizer"], lines(tmp_path / name)
+
+    assert run_of("whole") == 0
+    for name, step, prepare in (("step", 3, ask_in_step), ("evaluation", 4, ask_in_evaluation)):
+        assert run_of(name, prepare=prepare) == 143
+        assert checkpoints(tmp_path / name) == [f"model_{step:07d}.pth"]
+        assert run_of(name, "--resume") == 0
+        assert difference(result_of("whole"), result_of(name)) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -140,11 +176,11 @@ def test_a_killed_worker_is_named_and_ends_the_rest(tiny_data, tmp_path):
         run.until(lambda: len(run.workers()) == 2, "second process")
         os.kill(run.workers()[1], signal.SIGKILL)
         begin = time.monotonic()
-        assert run.end() == 1
+        assert run.end() == 1, run.text[-3000:]
         assert time.monotonic() - begin < 30
         run.leaves_nothing(1)
         errors = [line for line in run.text.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "Traceback" not in run.text
+    assert len(errors) == 1 and "Traceback" not in run.text, run.text[-3000:]
     assert "(rank 1) was killed by SIGKILL, mostly by the system for want of memory" in errors[0]
     assert "--resume" in run.text
 
@@ -155,7 +191,7 @@ def test_a_killed_process_of_the_data_loader_is_named(tiny_data, tmp_path):
         run.until_written("did step 2")
         (loader,) = [pid for pid, parent in run.processes().items() if parent == run.pid]
         os.kill(loader, signal.SIGKILL)
-        assert run.end() == 1
+        assert run.end() == 1, run.text[-3000:]
         assert "data loader of rank 0 was killed by SIGKILL, mostly" in run.text
         assert "Traceback" not in run.text
 
