@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -24,6 +25,7 @@ from era.checkpoint.teacher import TeacherRecord
 from era.config import INHERIT_NOTHING, load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.data.unlabeled import check_unlabeled
+from era.engine.room import check_room
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
 from era.modeling.detectors import known_family
@@ -121,7 +123,7 @@ def keys_with_value(cfg: CfgNode, value: object, prefix: str = "") -> Iterator[s
 
 
 def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Check data, output folder, models and their weights before anything is written.
+    """Check data, output folder, models, their weights and the room for checkpoints before anything is written.
 
     The models are built once on the CPU and dropped: seconds, for a clear sentence instead of a traceback
     out of a spawned process an hour later.
@@ -129,29 +131,72 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         UserError: whatever is wrong first.
     """
-    if cfg.MODEL.DEVICE != "cpu" and args.num_gpus > torch.cuda.device_count():
+    check_devices(cfg, args.num_gpus)
+    check_data(cfg, for_training=not args.eval_only, pictures=True)
+    check_folders(cfg, for_training=not args.eval_only)
+    if args.eval_only:
+        with _quiet("fvcore", "era"):  # the run itself will say all of it again
+            build_for_evaluation(_on_cpu(cfg), resume=args.resume)
+    else:
+        processes = args.num_gpus * args.num_machines
+        model, _ = build_for_training(cfg, resume=args.resume, processes=processes)
+        check_room(cfg, model)
+
+
+def check_devices(cfg: CfgNode, num_gpus: int) -> None:
+    """This machine has the GPUs.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if cfg.MODEL.DEVICE != "cpu" and num_gpus > torch.cuda.device_count():
         raise UserError(
-            f"--num-gpus is {args.num_gpus}, this machine has {torch.cuda.device_count()}: ask for at "
+            f"--num-gpus is {num_gpus}, this machine has {torch.cuda.device_count()}: ask for at "
             "most that."
         )
-    check_data(cfg, for_training=not args.eval_only, pictures=True)
+
+
+def check_folders(cfg: CfgNode, *, for_training: bool) -> None:
+    """The folders that a run writes into.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     check_writable(cfg.OUTPUT_DIR)
-    settings = settings_of(cfg, processes=args.num_gpus * args.num_machines)
-    folder = cache_folder(cfg) if is_distiller(cfg) and not args.eval_only else None
+    folder = cache_folder(cfg) if is_distiller(cfg) and for_training else None
     if folder is not None:
         check_writable(folder, key="MODEL.TEACHER.CACHE", what="the teacher's maps")
+
+
+def build_for_training(cfg: CfgNode, *, resume: bool, processes: int = 1) -> tuple[nn.Module, Any]:
+    """What a run trains, built on the CPU, with the weights that it starts from or is resumed from.
+
+    Args:
+        resume: from the last checkpoint of ``OUTPUT_DIR``, if there is one.
+        processes: of the run; what a checkpoint was written with is compared with it.
+
+    Returns:
+        The model, and :attr:`SafeCheckpointer.incompatible` of its weights, None where none were read.
+
+    Raises:
+        UserError: a key, the teacher, the weights, or the fit of student and teacher is wrong.
+    """
+    cfg = _on_cpu(cfg)
+    with _quiet("fvcore", "era"):  # the run itself will say all of it again
+        model = build_model_of(cfg)
+        settings = settings_of(cfg, processes=processes)
+        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        if not (resume and checkpointer.has_checkpoint()):
+            check_start(cfg, model, checkpointer)
+    return model, checkpointer.incompatible
+
+
+def _on_cpu(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    with _quiet("fvcore", "era"):  # the run itself will say all of it again
-        if args.eval_only:
-            build_for_evaluation(cfg, resume=args.resume)
-        else:
-            model = build_model_of(cfg)
-            checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-            if not (args.resume and checkpointer.has_checkpoint()):
-                check_start(cfg, model, checkpointer)
+    return cfg
 
 
 @contextmanager
