@@ -142,15 +142,16 @@ def _gpu_memory(rows: Sequence[Row], times: dict[str, Times], device: torch.devi
 def resident_growth(build: Callable[[], Row], *, steps: int = 2) -> float:
     """Peak resident memory of this process beyond what it holds now, MiB, after building a row and
     doing its steps. For a fresh process, of which it is the only work."""
-    before = _resident_mib("VmRSS")
+    before = resident_mib("VmRSS")
     row = build()
     for _ in range(steps):
         row.prepare()
         row.step()
-    return _resident_mib("VmHWM") - before
+    return resident_mib("VmHWM") - before
 
 
-def _resident_mib(entry: str) -> float:
+def resident_mib(entry: str) -> float:
+    """Resident memory of this process in MiB: ``VmRSS`` now, ``VmHWM`` at most so far."""
     # Linux lets a child inherit ru_maxrss from the process that started it; /proc starts anew.
     try:
         with open("/proc/self/status", encoding="ascii") as file:

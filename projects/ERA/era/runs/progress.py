@@ -8,25 +8,28 @@ from typing import TextIO
 from tqdm import tqdm
 
 LINE_EVERY = 15.0  # seconds between two lines where the output is no terminal
-COUNT = "{n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
+COUNT = "{n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
 
 
 class Progress:
     """Renews one line on a terminal; elsewhere, such as in a log file, writes a line now and then.
 
     Args:
-        total: optimiser steps of all runs.
+        total: optimiser steps of all runs, or how many there are of another unit.
         done: how many of these were done before.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, done: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self, total: int, done: int = 0, stream: TextIO | None = None, *, unit: str = "step"
+    ):
         self.stream = stream or sys.stdout
         self.is_terminal = self.stream.isatty()
         self._bar = tqdm(
             total=total,
             initial=done,
             file=self.stream if self.is_terminal else _Lines(self.stream),
-            unit="step",
+            unit=unit,
             miniters=1,
             mininterval=1.0 if self.is_terminal else LINE_EVERY,
             dynamic_ncols=self.is_terminal,

@@ -1,0 +1,1 @@
+"""What ``tools/doctor.py`` does: everything that can be known before a long run is started."""
