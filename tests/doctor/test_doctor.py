@@ -1,5 +1,6 @@
 """The doctor from its command line: a good run, and each fault made for real."""
 
+import functools
 import json
 import os
 import time
@@ -7,11 +8,15 @@ import time
 import pytest
 import torch
 from builders import cli, run_tool, tiny_model
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from era.config import load_config
+from era.data.datasets import register_from_config
 from era.data.toy import ToySpec, generate
 from era.doctor import pictures
 from era.doctor.cli import NAMES, main
+from era.doctor.teacher import average_precision, some_records
 from era.engine import room
 from era.errors import UserError
 
@@ -69,7 +74,7 @@ def own_data(tmp_path, request):
 def test_a_good_run_from_the_script(tiny_data, tmp_path, teacher_file):
     config = cli(tiny_data, tmp_path / "out", "MODEL.TEACHER.WEIGHTS", teacher_file)
     options = ("--json", "-", "--least-ap", "0", "--steps", "1", "--teacher-images", "2")
-    done = run_tool("doctor.py", *doctor(config, *options))
+    done = run_tool("doctor.py", *doctor(config, *options), timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     found = {check["name"]: check for check in report["checks"]}
@@ -135,7 +140,7 @@ def test_a_broken_picture_and_its_repair(own_data, tmp_path, monkeypatch):
     assert decoded == [str(other)]
 
 
-def test_an_interrupted_look_at_the_pictures_goes_on(own_data, tmp_path, monkeypatch):
+def test_an_interrupted_look_at_the_pictures_goes_on(own_data, tmp_path, monkeypatch, capsys):
     _, names = own_data
     config = cli(names, tmp_path / "out")
     plain, decoded = pictures.decoded_size, []
@@ -148,8 +153,8 @@ def test_an_interrupted_look_at_the_pictures_goes_on(own_data, tmp_path, monkeyp
 
     monkeypatch.setattr(pictures, "decoded_size", stops)
     monkeypatch.setattr(pictures, "usable_cores", lambda: 1)
-    with pytest.raises(KeyboardInterrupt):
-        examine(config, tmp_path, *only("data", "pictures"))
+    assert main(doctor(config, *only("data", "pictures"))) == 130
+    assert "Interrupted at: pictures" in capsys.readouterr().err
     with (tmp_path / "out" / pictures.JOURNAL).open("a") as journal:
         journal.write('["/cut/off')  # as a kill in the middle of a line leaves it
     monkeypatch.setattr(pictures, "decoded_size", plain)
@@ -210,6 +215,33 @@ def test_an_environment_without_pkg_resources(tmp_path):
     done = run_tool("doctor.py", "--help", env={"PYTHONPATH": path})
     assert done.returncode == 1
     assert "setuptools below 81" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ap_is_of_the_chosen_pictures_and_their_classes(own_data, tmp_path):
+    """Detections that are the ground truth of some pictures: AP 100, though the set has more."""
+    _, names = own_data
+    cfg = load_config("", ["MODEL.DEVICE", "cpu", *names])
+    register_from_config(cfg)
+    name = cfg.DATASETS.TRAIN[0]
+    records = some_records(name, 2)
+    assert [record["image_id"] for record in records] == [1, 4]  # of six, spread evenly
+    truth = {record["file_name"]: record["annotations"] for record in records}
+
+    def detects_all(inputs, shift=0):
+        (item,) = inputs
+        found = Instances((item["height"], item["width"]))
+        annotations = truth[item["file_name"]]
+        boxes = BoxMode.convert(
+            torch.tensor([a["bbox"] for a in annotations]), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
+        )
+        found.pred_boxes = Boxes(boxes)
+        classes = torch.tensor([a["category_id"] for a in annotations])
+        found.pred_classes, found.scores = (classes + shift) % 8, torch.ones(len(annotations))
+        return [{"instances": found}]
+
+    assert average_precision(cfg, detects_all, name, records) == pytest.approx(100.0)
+    shifted = functools.partial(detects_all, shift=1)  # another order of the classes
+    assert average_precision(cfg, shifted, name, records) < 30
 
 
 def test_a_random_teacher(tiny_data, tmp_path):
@@ -286,6 +318,14 @@ def test_a_step_that_hangs(tiny_data, tmp_path):
 def test_a_users_mistake_is_one_sentence(tiny_data, tmp_path, options, overrides, message):
     with pytest.raises(UserError, match=message):
         main(doctor(cli(tiny_data, tmp_path / "out", *overrides), *options))
+
+
+def test_a_machine_without_the_gpu_that_was_asked_for(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = cli(tiny_data, tmp_path / "out", "MODEL.DEVICE", "cuda")
+    status, found = examine(config, tmp_path, *only("devices"))
+    assert (status, found["devices"]["status"]) == (0, "warning")
+    assert "No GPU on this machine" in found["devices"]["sentence"]
 
 
 def test_whatever_a_check_stumbles_over_is_wrong_with_the_run(tiny_data, tmp_path, monkeypatch):

@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from builders import tiny_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
 
 from era.doctor import prediction, software
 from era.doctor.case import Case
 from era.doctor.devices import covers
 from era.doctor.models import level_rows
+from era.doctor.steps import Stopwatch
 
 GOOD = {
     "torch": "2.11.0+cu130", "torchvision": "0.26.0", "setuptools": "80.10.2", "opencv-python": "4.6.0",
@@ -90,6 +93,17 @@ def test_which_gpus_a_torch_has_kernels_for():
     assert covers(["sm_90", "compute_90"], (12, 0))  # compiled when it is run
     assert not covers(["compute_90"], (8, 0))
     assert covers(["sm_90a", "sm_120"], (12, 0))
+
+
+def test_a_step_with_a_single_loss():
+    """Detectron2 notes such a one as the total alone."""
+    watch = Stopwatch(torch.device("cpu"))
+    with EventStorage(0) as storage:
+        watch.trainer = SimpleNamespace(storage=storage)
+        storage.put_scalar("total_loss", 2.5)
+        watch.before_step()
+        watch.after_step()
+    assert watch.losses == {"total_loss": 2.5} and len(watch.seconds) == 1
 
 
 def test_strides_that_differ_are_told():

@@ -42,12 +42,14 @@ class Case:
     Attributes:
         args: the command line as ``tools/train_net.py`` has it, with the options of the doctor.
         cfg: the run's config on all its processes, frozen.
+        told: what reading the config warned of.
         model: what is trained, on the CPU with its first weights, once the check that builds it has passed.
         step_results: what the steps took, by number of processes, see :mod:`era.doctor.steps`.
     """
 
     args: argparse.Namespace
     cfg: CfgNode
+    told: list[str] = field(default_factory=list)
     model: nn.Module | None = None
     step_results: dict[int, dict] = field(default_factory=dict)
 

@@ -51,6 +51,12 @@ Give the very options and KEY VALUE pairs that train_net.py will get: they are w
 """
 
 
+EXIT_INTERRUPTED = 130  # as a shell has it
+INTERRUPTED = (
+    "Pictures that were found whole are noted: the same command does not decode them again."
+)
+
+
 @dataclass(frozen=True)
 class Check:
     """One of the checks, and which others it cannot do without."""
@@ -137,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Examine and print; the exit status.
 
     Returns:
-        0 if nothing is wrong, 1 if something is.
+        0 if nothing is wrong, 1 if something is, 130 after Ctrl-C.
 
     Raises:
         UserError: an option or the config is wrong; nothing was examined then.
@@ -145,10 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = read_options(argv)
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     out = sys.stderr if args.json == "-" else sys.stdout
-    with _Warnings():  # what it warns of is said here
-        case, found = Case(args, setup_config(args)), {}
+    with _Warnings() as told:  # what it warns of is said here
+        case, found = Case(args, setup_config(args), list(told.sentences)), {}
         for check in CHECKS:
-            found[check.name] = _examine(check, case, found)
+            try:
+                found[check.name] = _examine(check, case, found)
+            except KeyboardInterrupt:
+                print(f"\nInterrupted at: {check.name}. {INTERRUPTED}", file=sys.stderr)
+                return EXIT_INTERRUPTED
             print(found[check.name].told(check.name), file=out, flush=True)
     print(f"\n{verdict(found)}", file=out, flush=True)
     start = not any(finding.status == WRONG for finding in found.values())

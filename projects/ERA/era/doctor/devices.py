@@ -29,7 +29,7 @@ def check(case: Case) -> Finding:
         words = f"{plural(case.args.num_gpus, 'GPU')} ({', '.join(sorted(names))})"
     else:
         words = (
-            f"no GPU is used: {case.args.num_gpus} process(es) on "
+            f"{case.args.num_gpus} process(es) on "
             f"{plural(about['cpu_cores'], 'core')} of {about['cpu']}"
         )
     status = max((s for s, _ in problems), key=(OK, WARNING, WRONG).index, default=OK)
@@ -84,7 +84,7 @@ def _gpus(case: Case) -> list[tuple[str, str]]:
 
 
 def _processors(case: Case, cores: int) -> list[tuple[str, str]]:
-    found = []
+    found = [(WARNING, sentence.rstrip(".")) for sentence in case.told]
     if torch.version.cuda is not None and shutil.which("nvidia-smi"):
         found.append(
             (

@@ -224,7 +224,9 @@ class Stopwatch(HookBase):
         self.seconds.append(time.perf_counter() - self._start)
         if not self.losses and comm.is_main_process():
             latest = self.trainer.storage.latest()
-            self.losses = {n: v for n, (v, _) in latest.items() if n.startswith("loss_")}
+            # Detectron2 notes a loss that is the only one as the total alone.
+            losses = {n: v for n, (v, _) in latest.items() if n.startswith("loss_")}
+            self.losses = losses or {"total_loss": latest["total_loss"][0]}
 
 
 def main() -> None:

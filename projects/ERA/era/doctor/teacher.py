@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper
 
 from era.data.datasets import coco_files
-from era.data.unlabeled import pictures
 from era.doctor.case import OK, SKIPPED, WARNING, Case, Finding, plural
 from era.engine.evaluation import DetectionEvaluator
 from era.modeling.distiller import Distiller
@@ -67,7 +66,7 @@ def check(case: Case) -> Finding:
 
 def some_records(name: str, number: int) -> list[dict]:
     """At most so many of a set's records, spread evenly."""
-    records = pictures(KEY, name)
+    records = DatasetCatalog.get(name)  # which also notes what class a category id means
     return records[:: math.ceil(len(records) / number)]
 
 
@@ -77,7 +76,11 @@ def test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
 
 
 def average_precision(cfg: CfgNode, model, name: str, records: list[dict]) -> float | None:
-    """AP of boxes in points of 100 on these pictures alone; None where they have no object."""
+    """AP of boxes in points of 100 on these pictures alone; None where they have no object.
+
+    Args:
+        records: of :func:`some_records`.
+    """
     evaluator = DetectionEvaluator(name, tasks=("bbox",), distributed=False)
     evaluator.reset()
     mapper = test_mapper(cfg)
