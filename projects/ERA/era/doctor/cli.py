@@ -21,8 +21,8 @@ from era.errors import UserError
 
 DESCRIPTION = """\
 Examines a run before it is started: what training checks itself before its first step, and what takes too long to be
-checked every time. Nothing is trained and nothing is written but a journal of the pictures that were found whole, and
-data that are made on first use.
+checked every time. Of its training steps nothing is kept; what is written is a journal of the pictures that were found
+whole, and data that are made on first use.
 
   software       versions, and combinations that are known not to work
   devices        GPUs or cores, their memory, shared memory for loader workers
@@ -30,7 +30,7 @@ data that are made on first use.
   models         student, teacher and methods are built, the weights are read
   disk           the folders can be written; free room against all checkpoints that will be there at a time
   pairing        student and teacher side by side: levels, channels, strides, heads, adapters, needs of the methods
-  pictures       every picture is opened and decoded (minutes for 100,000; interrupted, it goes on where it was)
+  pictures       every picture is opened and decoded (interrupted, it goes on where it was)
   teacher        its AP on a few test pictures: a low one means the wrong teacher, or the wrong classes
   one process    training steps, really taken, as many pictures a process as in the run
   two processes  the same, with gradients averaged
