@@ -12,15 +12,17 @@ from itertools import islice
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 
 from era.data.datasets import UNLABELED_KEY
+from era.data.pictures import size_problem
 from era.data.unlabeled import pictures
 from era.doctor.case import OK, WARNING, WRONG, Case, Finding, plural
 from era.engine.preflight import check_writable
 from era.environment import usable_cores
 from era.errors import UserError
 from era.runs.progress import Progress
+from era_runtime.errors import DeploymentError
+from era_runtime.pictures import read_picture
 
 JOURNAL = "doctor/pictures.jsonl"  # below OUTPUT_DIR
 SHOWN = 10  # bad pictures that are named on the terminal; --json has all
@@ -97,7 +99,7 @@ def check(case: Case) -> Finding:
     if not problems:
         sentence = f"{plural(len(records), 'picture')} opened and decoded{before}: all are whole and as large as said"
         return Finding(OK, sentence, details)
-    skips = case.cfg.INPUT.get("ON_BAD_IMAGE", "stop") == "skip" and len(problems) < len(records)
+    skips = case.cfg.INPUT.ON_BAD_IMAGE == "skip" and len(problems) < len(records)
     return Finding(
         WARNING if skips else WRONG,
         f"{len(problems):,} of {plural(len(records), 'picture')} cannot be used{before}: repair or remove them",
@@ -122,20 +124,7 @@ def unique_records(cfg: CfgNode) -> list[dict]:
 
 def decoded_size(cfg: CfgNode, path: str) -> tuple[int, int]:
     """Width and height of a picture as training sees it, turned as its EXIF says; raises what the reader raises."""
-    height, width = detection_utils.read_image(path, format=cfg.INPUT.FORMAT).shape[:2]
-    return width, height
-
-
-def size_problem(record: dict, size: tuple[int, int]) -> str | None:
-    """How a picture's size disagrees with its record's, if it does."""
-    expected = record.get("width", size[0]), record.get("height", size[1])
-    if expected == size:
-        return None
-    turned = " (the file's EXIF may turn it)" if expected == size[::-1] else ""
-    return (
-        f"the picture {record['file_name']} has {size[0]} x {size[1]} pixels and its annotation says "
-        f"{expected[0]} x {expected[1]}{turned}"
-    )
+    return read_picture(path, cfg.INPUT.MAX_IMAGE_PIXELS).size
 
 
 def journal_path(case: Case) -> Path:
@@ -173,14 +162,8 @@ def _decode(cfg: CfgNode, record: dict):
     try:
         stat = os.stat(path)  # before it is read: what changes meanwhile is looked at again
         size = decoded_size(cfg, path)
-    except Exception as error:  # a damaged file makes Pillow raise whatever it likes
-        reason = " ".join(str(error).replace(repr(path), "it").split())[:200]
-        return (
-            record,
-            None,
-            None,
-            f"the picture {path} cannot be read ({reason or type(error).__name__})",
-        )
+    except (DeploymentError, OSError) as error:
+        return record, None, None, str(error)
     return record, stat, size, size_problem(record, size)
 
 

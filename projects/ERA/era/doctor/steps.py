@@ -26,8 +26,9 @@ from detectron2.utils import comm
 
 from era import compat
 from era.benchmark.measure import MIB, resident_mib, synchronise
+from era.data.pictures import picture_mapper
 from era.doctor.case import OK, SKIPPED, WARNING, WRONG, Case, Finding
-from era.doctor.teacher import some_records, test_mapper
+from era.doctor.teacher import some_records
 from era.engine.launch import argument_parser, launch_processes
 from era.engine.preflight import check_data, keys_with_value, setup_config
 from era.engine.trainer import Trainer
@@ -290,7 +291,7 @@ def _time_inference(cfg: CfgNode, trainer: Trainer) -> float | None:
     if not cfg.DATASETS.TEST or trainer.is_preparation:
         return None
     model = trainer.bare_model.eval()
-    mapper = test_mapper(cfg)
+    mapper = picture_mapper(cfg, is_train=False)
     device, times = torch.device(cfg.MODEL.DEVICE), []
     for record in some_records(cfg.DATASETS.TEST[0], TEST_PICTURES):
         start = time.perf_counter()

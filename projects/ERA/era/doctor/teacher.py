@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 
 from era.data.datasets import coco_files
+from era.data.pictures import picture_mapper
 from era.doctor.case import OK, SKIPPED, WARNING, Case, Finding, plural
 from era.engine.evaluation import DetectionEvaluator
 from era.modeling.distiller import Distiller
@@ -70,11 +70,6 @@ def some_records(name: str, number: int) -> list[dict]:
     return records[:: math.ceil(len(records) / number)]
 
 
-def test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
-    """From a record to the model's input in evaluation."""
-    return DatasetMapper(cfg, is_train=False)
-
-
 def average_precision(cfg: CfgNode, model, name: str, records: list[dict]) -> float | None:
     """AP of boxes in points of 100 on these pictures alone; None where they have no object.
 
@@ -83,7 +78,7 @@ def average_precision(cfg: CfgNode, model, name: str, records: list[dict]) -> fl
     """
     evaluator = DetectionEvaluator(name, tasks=("bbox",), distributed=False)
     evaluator.reset()
-    mapper = test_mapper(cfg)
+    mapper = picture_mapper(cfg, is_train=False)
     for record in records:
         inputs = [mapper(record)]
         evaluator.process(inputs, model(inputs))

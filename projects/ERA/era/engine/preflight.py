@@ -181,10 +181,10 @@ def build_for_training(cfg: CfgNode, *, resume: bool, processes: int = 1) -> tup
     Raises:
         UserError: a key, the teacher, the weights, or the fit of student and teacher is wrong.
     """
+    settings = settings_of(cfg, processes=processes)
     cfg = _on_cpu(cfg)
     with _quiet("fvcore", "era"):  # the run itself will say all of it again
         model = build_model_of(cfg)
-        settings = settings_of(cfg, processes=processes)
         checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         if not (resume and checkpointer.has_checkpoint()):

@@ -59,9 +59,9 @@ def room_for(cfg: CfgNode, model: nn.Module) -> Room:
     trained = _bytes_of(p for p in model.parameters() if p.requires_grad)
     student = model.student if isinstance(model, Distiller) else model
     weights = _bytes_of(student.state_dict().values())
-    if cfg.TEST.get("BEST_METRIC", "") and cfg.TEST.EVAL_PERIOD > 0:
+    if cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD > 0:
         weights += state
-    period, kept = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.get("CHECKPOINTS_KEPT", 0)
+    period, kept = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT
     periodic = cfg.SOLVER.MAX_ITER // period if period > 0 else 0
     # Beside those that stay: the last one, or the next periodic one, after which the oldest goes.
     count = (min(periodic, kept) if kept else periodic) + 1
