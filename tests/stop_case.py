@@ -20,7 +20,7 @@ from builders import REPO
 from detectron2.engine import defaults
 from detectron2.utils import comm
 
-from era.engine import launch, trainer
+from era.engine import launch, processes, trainer
 
 LIMIT = 100.0  # seconds until a run counts as hanging
 
@@ -118,6 +118,7 @@ def command(args, log: Path, *, ignore_ctrl_c: bool = False) -> Iterator[Running
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=functools.partial(processes.end_with, os.getpid()),
             )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -136,11 +137,13 @@ def forked(args, log: Path, prepare: Callable[[], None] = lambda: None) -> Itera
     Args:
         prepare: called in that process.
     """
+    test = os.getpid()
     pid = os.fork()
     if pid == 0:
         status = 70
         try:
             os.setsid()
+            processes.end_with(test)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)

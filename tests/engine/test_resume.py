@@ -154,7 +154,8 @@ def test_a_bad_test_picture_is_mended_and_the_run_goes_on(tiny_data, tmp_path):
     """From a checkpoint that is written when it is met, and that goes like the periodic ones."""
     triples = ast.literal_eval(tiny_data[tiny_data.index("DATASETS.COCO_FORMAT") + 1])
     folder = Path(shutil.copytree(triples[1][2], tmp_path / "pictures"))
-    data = [*tiny_data, "DATASETS.COCO_FORMAT", str([triples[0], [*triples[1][:2], str(folder)]])]
+    sets = str([triples[0], ["mended_val", triples[1][1], str(folder)]])  # a name of its own
+    data = [*tiny_data, "DATASETS.COCO_FORMAT", sets, "DATASETS.TEST", "('mended_val',)"]
     log = tmp_path / "log.txt"
 
     def args(name):
