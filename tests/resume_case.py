@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import signal
 import sys
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from builders import forget_loggers
 from detectron2.engine import defaults
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from era.checkpoint import writing
 from era.engine import launch
@@ -135,15 +134,6 @@ def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"the run of {log} took more than {LIMIT} s")
-
-
-def forget_loggers() -> None:
-    """Nothing is written to the streams of tests that ran before in this process, which are closed."""
-    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    for logger in loggers:
-        if isinstance(logger, logging.Logger):
-            logger.handlers.clear()
-    setup_logger.cache_clear()
 
 
 def lines(folder: Path) -> list[dict]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from builders import REPO
+from builders import REPO, forget_loggers
 from detectron2.engine import defaults
 from detectron2.utils import comm
 
@@ -149,6 +149,7 @@ def forked(args, log: Path, prepare: Callable[[], None] = lambda: None) -> Itera
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            forget_loggers()
             torch.set_num_threads(1)
             mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
             defaults.collect_env_info = lambda: "not of interest here"  # it starts programs

@@ -13,6 +13,7 @@ from builders import cli, tiny_model
 from resume_case import Kill, difference, left_behind, lines, run
 
 from era.checkpoint.writing import HASH
+from era.engine import preflight
 from era.engine.resume import MetricsFile
 
 LENGTH = ["SOLVER.MAX_ITER", "24", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "2",
@@ -216,8 +217,10 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("room", ["two checkpoints", "half a log"])
 def test_a_full_disk_is_one_sentence_and_leaves_whole_checkpoints(
-    room, small_disk, tiny_data, tmp_path
+    room, small_disk, tiny_data, tmp_path, monkeypatch
 ):
+    """It fills while the run is at work: at the start there was room enough."""
+    monkeypatch.setattr(preflight, "check_room", lambda cfg, model: None)
     args = cli(tiny_data, small_disk / "run", "SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "1",
                "SOLVER.CHECKPOINTS_KEPT", "0", "DATASETS.TEST", "()", config="plain")  # fmt: skip
     if room == "half a log":

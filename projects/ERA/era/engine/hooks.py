@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 
 from era.checkpoint.reading import SafeCheckpointer, peek
 from era.checkpoint.student import save_plain_student
@@ -174,3 +176,9 @@ class SaveStudent(HookBase):
         folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
         path = save_plain_student(student, trainer.cfg, folder)
         logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)
+
+
+def place_of_evaluation(hooks: Sequence[HookBase]) -> int:
+    """Where the evaluation stands among hooks; their number if there is none."""
+    found = (i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+    return next(found, len(hooks))

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 
 from era import compat
+from era.engine.hooks import place_of_evaluation
 from era.errors import UserError
 
 STOP_SIGNALS = "SIGTERM,SIGUSR1"  # beside SIGINT, which Ctrl-C sends
@@ -224,7 +224,7 @@ class StopAtSignal(HookBase):
     @classmethod
     def insert(cls, hooks: list[HookBase | None]) -> None:
         """Into a trainer's hooks: after those of the schedule and the checkpoints, before the evaluation."""
-        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        evaluation = place_of_evaluation(hooks)
         hooks.insert(evaluation, cls())
 
     def before_train(self) -> None:

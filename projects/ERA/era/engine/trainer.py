@@ -8,7 +8,6 @@ import sys
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -46,6 +45,7 @@ from era.engine.hooks import (
     KeepBest,
     SaveStudent,
     best_metric,
+    place_of_evaluation,
 )
 from era.engine.preflight import check_start, teacher_record
 from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalars_of
@@ -368,9 +368,3 @@ class Trainer(DefaultTrainer):
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
             results["teacher"] = self._teacher_results
         return results
-
-
-def place_of_evaluation(hooks: Sequence[HookBase]) -> int:
-    """Where the evaluation stands among hooks; their number if there is none."""
-    found = (i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-    return next(found, len(hooks))
