@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
 
 import era  # noqa: F401 - registers the models
 from era.config import load_config
@@ -159,12 +157,3 @@ def run_tool(name: str, *args, env=None, timeout: int = 300) -> subprocess.Compl
         text=True,
         timeout=timeout,
     )
-
-
-def forget_loggers() -> None:
-    """Nothing is written to the streams of tests that ran before in this process, which are closed."""
-    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    for logger in loggers:
-        if isinstance(logger, logging.Logger):
-            logger.handlers.clear()
-    setup_logger.cache_clear()

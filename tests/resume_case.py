@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
-from builders import forget_loggers
 from detectron2.engine import defaults
 from detectron2.utils import comm
+from forked import fork_train_net
 
 from era.checkpoint import writing
-from era.engine import launch
 from era.engine.resume import CLOCK
 from era.engine.trainer import Trainer
 
@@ -87,9 +83,7 @@ class Kill:
 
 
 def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
-    """``train_net.py`` with these arguments in a process of its own.
-
-    It is forked, and so are the processes that it starts: nothing is imported again.
+    """``train_net.py`` with these arguments in a process of its own, until its end.
 
     Args:
         draw: what is drawn where no SEED is set.
@@ -98,33 +92,14 @@ def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
     Returns:
         The exit status, below 0 for the signal that ended it.
     """
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            forget_loggers()
-            torch.set_num_threads(1)
-            mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
-            defaults.collect_env_info = lambda: "not of interest here"  # it starts programs
-            own_seeding = defaults.seed_all_rng
-            defaults.seed_all_rng = lambda seed: own_seeding(draw if seed is None else seed)
-            if kill is not None:
-                kill.arm()
-            launch.run_main(lambda: launch.train_net([str(arg) for arg in args]))
-        except SystemExit as e:
-            status = e.code or 0
-        except BaseException:
-            import traceback
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+    def prepare() -> None:
+        own_seeding = defaults.seed_all_rng
+        defaults.seed_all_rng = lambda seed: own_seeding(draw if seed is None else seed)
+        if kill is not None:
+            kill.arm()
+
+    pid = fork_train_net(args, log, prepare)
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)

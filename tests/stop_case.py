@@ -7,20 +7,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
-from builders import REPO, forget_loggers
-from detectron2.engine import defaults
+from builders import REPO
 from detectron2.utils import comm
+from forked import fork_train_net
 
-from era.engine import launch, processes, trainer
+from era.engine import processes, trainer
 
 LIMIT = 100.0  # seconds until a run counts as hanging
 
@@ -138,32 +134,15 @@ def forked(args, log: Path, prepare: Callable[[], None] = lambda: None) -> Itera
         prepare: called in that process.
     """
     test = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            os.setsid()
-            processes.end_with(test)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-            forget_loggers()
-            torch.set_num_threads(1)
-            mp.start_processes = functools.partial(mp.start_processes, start_method="fork")
-            defaults.collect_env_info = lambda: "not of interest here"  # it starts programs
-            _say_steps()
-            prepare()
-            launch.run_main(lambda: launch.train_net([str(arg) for arg in args]))
-        except SystemExit as e:
-            status = e.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+    def set_up() -> None:
+        os.setsid()
+        processes.end_with(test)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _say_steps()
+        prepare()
+
+    pid = fork_train_net(args, log, set_up)
     log.touch()
     run = Running(pid, log)
     try:

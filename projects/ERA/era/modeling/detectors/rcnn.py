@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +19,7 @@ from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.proposals import ProposalSample
-from era.modeling.detectors.rcnn_heads import RCNNFurtherHeads, keypoints_recorded
+from era.modeling.detectors.rcnn_heads import RCNNFurtherHeads
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
     RCNNRecording,
@@ -28,6 +28,7 @@ from era.modeling.detectors.rcnn_losses import (
     rpn_task_losses,
 )
 from era.modeling.detectors.rcnn_parts import HeadPart, parts_of
+from era.modeling.detectors.rcnn_record import recorded
 from era.modeling.detectors.rcnn_soft import (
     predict_anchors_at,
     soft_anchor_losses,
@@ -115,70 +116,9 @@ class RCNN(RCNNFurtherHeads, Detector):
         """Whether there is a keypoint head."""
         return self.model.roi_heads.keypoint_on
 
-    @contextmanager
-    def record(self) -> Iterator[RCNNRecording]:
-        """Forward hooks and one wrapped method (the RPN's public ``label_and_sample_anchors``) are put on at
-        entry and taken off at exit."""
-        rpn, roi_heads = self.model.proposal_generator, self.model.roi_heads
-        recording = RCNNRecording(
-            anchors_per_image=rpn.batch_size_per_image, num_classes=self.num_classes
-        )
-
-        def on_rpn_input(_module, args):
-            recording.images, recording.features, recording.targets = args
-
-        def on_stages(_module, _args, output):
-            recording.stages = output
-
-        def on_anchors(_module, _args, output):
-            recording.anchors = output
-
-        def on_rpn_head(_module, _args, output):
-            recording.rpn_output = output
-
-        def on_roi_heads(_module, _args, output):
-            recording.proposals = output[0]
-
-        def on_pooler(_module, _args, output):
-            recording.roi_features = output
-
-        def on_first_layer(_module, _args, output):
-            recording.hidden = output
-
-        def on_box_head(_module, _args, output):
-            recording.vectors = output
-
-        def on_predictor(_module, _args, output):
-            recording.predictions = Predictions(*output)
-
-        label_and_sample = rpn.label_and_sample_anchors
-
-        def label_and_keep(anchors, gt_instances):
-            labels, boxes = label_and_sample(anchors, gt_instances)
-            recording.anchor_labels, recording.anchor_boxes = labels, boxes
-            return labels, boxes
-
-        handles = [
-            rpn.register_forward_pre_hook(on_rpn_input),
-            rpn.anchor_generator.register_forward_hook(on_anchors),
-            rpn.rpn_head.register_forward_hook(on_rpn_head),
-            roi_heads.register_forward_hook(on_roi_heads),
-            roi_heads.box_pooler.register_forward_hook(on_pooler),
-            roi_heads.box_head.register_forward_hook(on_box_head),
-            roi_heads.box_predictor.register_forward_hook(on_predictor),
-        ]
-        if self.stage_shapes:
-            handles.append(self.model.backbone.bottom_up.register_forward_hook(on_stages))
-        for layer in getattr(roi_heads.box_head, "fcs", [])[:1]:
-            handles.append(layer.register_forward_hook(on_first_layer))
-        rpn.label_and_sample_anchors = label_and_keep
-        try:
-            with keypoints_recorded(self, recording):
-                yield recording
-        finally:
-            del rpn.label_and_sample_anchors
-            for handle in handles:
-                handle.remove()
+    def record(self) -> AbstractContextManager[RCNNRecording]:
+        """See :func:`era.modeling.detectors.rcnn_record.recorded`."""
+        return recorded(self)
 
     @contextmanager
     def boxes_alone(self) -> Iterator[None]:
