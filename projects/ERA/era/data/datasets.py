@@ -139,14 +139,29 @@ def _check_dataset(
 
 
 def labeled_records(cfg) -> list[dict]:
-    """Detectron2's records of ``DATASETS.TRAIN`` as its own loader takes them."""
-    return get_detection_dataset_dicts(
+    """Detectron2's records of ``DATASETS.TRAIN`` as its own loader takes them, without the outlines and keypoints that
+    its mapper would drop after it has copied them: of a picture of many objects they are most of the copy."""
+    records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         if cfg.MODEL.KEYPOINT_ON
         else 0,
     )
+    is_read = {"segmentation": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    unread = {key for key, value in is_read.items() if not value}
+    return [_without(unread, record) for record in records]
+
+
+def _without(keys: set[str], record: dict) -> dict:
+    """A record whose annotations lack some keys; the catalog's own stays as it is."""
+    if "annotations" not in record:
+        return record
+    annotations = [
+        {key: value for key, value in annotation.items() if key not in keys}
+        for annotation in record["annotations"]
+    ]
+    return {**record, "annotations": annotations}
 
 
 def coco_files(key: str, name: str) -> tuple[str, str] | None:

@@ -52,6 +52,7 @@ from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalar
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.stopping import StopAtSignal, interruptible
 from era.modeling.distiller import Distiller
+from era.modeling.roi_align import gather_roi_align
 from era.modeling.teacher_cache import build_teacher_cache
 from era.registry import is_distiller
 
@@ -169,9 +170,13 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         if isinstance(model, Distiller) and model.teacher is not None:
             model.teacher.cache = build_teacher_cache(cfg)
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type == "cpu":
+            gather_roi_align(model)
+            if isinstance(model, Distiller) and model.teacher is not None:  # no submodule
+                gather_roi_align(model.teacher.model)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        device = torch.device(cfg.MODEL.DEVICE)
         ddp_options = {"device_ids": None} if device.type == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_options)
         self._trainer = StepTrainer(
