@@ -72,9 +72,10 @@ endif
 demo: setup
 	@$(PY) tools/demo.py $(ARGS)
 
-# Without a path in ARGS, pytest takes the folder that setup.cfg names: tests.
+# All tests in as many processes as there are cores, at most four: each takes about 1.5 GB. A file stays in one process, for
+# what its tests build together. With ARGS pytest is called as they say.
 test: setup
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
 lint: setup
 	@$(PY) -m ruff check projects tools tests
