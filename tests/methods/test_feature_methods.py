@@ -9,7 +9,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from era.engine.trainer import StepTrainer
+from era.engine.stepping import StepTrainer
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY
 

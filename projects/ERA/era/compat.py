@@ -44,16 +44,6 @@ def next_batch(trainer: SimpleTrainer) -> list[dict]:
     return next(trainer._data_loader_iter)
 
 
-def write_metrics(trainer: SimpleTrainer, losses: dict[str, Tensor], data_time: float) -> None:
-    """Losses of a step and seconds of data loading into the event storage, from all processes;
-    ``SimpleTrainer._write_metrics``, a59f0563.
-
-    Raises:
-        FloatingPointError: the sum of the losses is not finite.
-    """
-    trainer._write_metrics(losses, data_time)
-
-
 def training_sampler(cfg: CfgNode, records: Dataset) -> Sampler:
     """The endless order of this process that ``DATALOADER.SAMPLER_TRAIN`` says; all processes must ask together.
     It draws from numpy's global random state; ``_train_loader_from_config``, a59f0563."""

@@ -57,6 +57,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # On pictures without labels the teacher's detections of at least this score, 0 to 1, choose which anchors
     # and proposals the methods look at, as ground truth does elsewhere. No loss is taken against them.
     _C.MODEL.DISTILLER.PSEUDO_SCORE = 0.5
+    # A loss of a method that is, on average over 100 steps, more than so many times the student's own losses
+    # together is warned of by name: it drowns the task.
+    _C.MODEL.DISTILLER.MAX_TASK_RATIO = 200.0
 
     # ---- The teacher: a config file, weights, overrides ----------------------------------------
     _C.MODEL.TEACHER = CfgNode()
@@ -86,6 +89,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # Batches whose gradients are summed into one optimiser step. SOLVER.IMS_PER_BATCH stays the number
     # of images per optimiser step; each forward sees IMS_PER_BATCH / ACCUMULATION_STEPS of them.
     _C.SOLVER.ACCUMULATION_STEPS = 1
+    # A run stops before the weights are touched if one of its loss terms, by its absolute value, is above this (or
+    # not finite). Far above anything healthy: a guard against weights that have left every bound, not a tuning knob.
+    _C.SOLVER.MAX_LOSS = 1e6
     # Type of mixed precision (SOLVER.AMP.ENABLED): auto = float16 on a GPU, bfloat16 on the CPU.
     _C.SOLVER.AMP.DTYPE = "auto"
     # Datasets of one's own in COCO format: [[name, annotation file, image folder], ...]; use the names
@@ -229,6 +235,11 @@ def validate_config(cfg: CfgNode) -> None:
         raise UserError(
             f"SOLVER.CHECKPOINTS_KEPT is {cfg.SOLVER.CHECKPOINTS_KEPT}: expected at least 2, or 0 for all; set it so."
         )
+    if not cfg.SOLVER.MAX_LOSS > 0:  # NaN neither
+        raise UserError(
+            f"SOLVER.MAX_LOSS is {cfg.SOLVER.MAX_LOSS}: expected a number above 0 that no healthy loss reaches, .inf for "
+            "no bound; set it so."
+        )
     check_parts(cfg)
     if cfg.SOLVER.AMP.DTYPE not in AMP_DTYPES:
         raise UserError(
@@ -255,6 +266,11 @@ def validate_config(cfg: CfgNode) -> None:
     if not 0.0 <= keys.PSEUDO_SCORE <= 1.0:
         raise UserError(
             f"MODEL.DISTILLER.PSEUDO_SCORE is {keys.PSEUDO_SCORE}: expected a score from 0 to 1; set it so."
+        )
+    if not keys.MAX_TASK_RATIO > 0:
+        raise UserError(
+            f"MODEL.DISTILLER.MAX_TASK_RATIO is {keys.MAX_TASK_RATIO}: expected how many times the student's own losses a "
+            "method's may be, above 0, .inf for any; set it so."
         )
     if len(keys.METHODS) == 0 and keys.INIT_STUDENT == INHERIT_NOTHING:
         raise UserError(

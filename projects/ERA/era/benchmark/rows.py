@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from era.config import student_config, validate_config
-from era.engine.trainer import StepTrainer
+from era.engine.stepping import StepTrainer
 from era.errors import UserError
 from era.methods import Method
 from era.modeling.detectors import detector_of
@@ -150,7 +150,7 @@ class Bench:
         return nn.ModuleDict(built).to(self.device)
 
     def training_step(self, model: nn.Module, inputs: list[dict]) -> Callable[[], None]:
-        """One optimiser step of a model as :class:`era.engine.trainer.StepTrainer` does it."""
+        """One optimiser step of a model as :class:`era.engine.stepping.StepTrainer` does it."""
         optimizer = build_optimizer(self.cfg, model)
         optimizer.state = self._optimizer_state  # one momentum a student weight, whatever the rows
         trainer = StepTrainer(

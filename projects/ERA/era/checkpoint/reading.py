@@ -18,6 +18,7 @@ from torch import nn
 
 from era.addresses import is_remote
 from era.checkpoint.fetching import fetch
+from era.checkpoint.finite import check_finite
 from era.checkpoint.settings import differences
 from era.checkpoint.unpickling import SafeUnpickler
 from era.checkpoint.writing import damage, save_whole, write_text_whole
@@ -222,6 +223,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: it cannot be written.
+            FloatingPointError: weights, optimiser or whatever else is to be in it is not finite; nothing is written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -229,6 +231,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
+        check_finite(data, path)
         logger.info("Saving checkpoint to %s", path)
         save_whole(data, path, with_hash=True)
         marker = os.path.join(self.save_dir, "last_checkpoint")
@@ -239,13 +242,16 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: it cannot be written.
+            FloatingPointError: as :meth:`save`.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), **kwargs}
         if "teacher" in self.checkpointables:
             data["teacher"] = self.checkpointables["teacher"].state_dict()
-        save_whole(data, os.path.join(self.save_dir, f"{name}.pth"), with_hash=True)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        check_finite(data, path)
+        save_whole(data, path, with_hash=True)
 
 
 def load_exactly(model: nn.Module, path: str, *, what: str) -> None:

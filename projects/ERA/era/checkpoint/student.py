@@ -7,6 +7,7 @@ import os
 from detectron2.config import CfgNode
 from torch import nn
 
+from era.checkpoint.finite import check_finite
 from era.checkpoint.writing import save_whole
 from era.config import student_config
 
@@ -22,10 +23,16 @@ def save_plain_student(student: nn.Module, cfg: CfgNode, folder: str) -> str:
 
     Returns:
         Path of the checkpoint.
+
+    Raises:
+        UserError: it cannot be written.
+        FloatingPointError: a weight is not finite; nothing is written.
     """
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model_final.pth")
-    save_whole({"model": student.state_dict()}, path)
+    weights = student.state_dict()
+    check_finite(weights, path)
+    os.makedirs(folder, exist_ok=True)
+    save_whole({"model": weights}, path)
     plain = student_config(cfg)
     plain.MODEL.WEIGHTS = path
     plain.OUTPUT_DIR = folder

@@ -174,6 +174,8 @@ def _why(status: int | None, lines: list[str], seconds: float) -> str:
 class StepsAlone(Trainer):
     """A trainer that takes steps and writes nothing."""
 
+    keeps_bad_steps = False
+
     def build_hooks(self) -> list[HookBase]:
         """A stopwatch alone."""
         self.watch = Stopwatch(torch.device(self.cfg.MODEL.DEVICE))

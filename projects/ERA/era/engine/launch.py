@@ -62,7 +62,7 @@ Ctrl-C, SIGTERM and SIGUSR1 finish the step at work, write a checkpoint and prin
 
 exit status:
   0     done
-  1     failed, as after a loss that is not finite or a process that was killed
+  1     failed, as after a loss that is not finite (tools/replay_step.py shows why) or a process that was killed
   2     a mistake in the command, the config or the data, told in one sentence
   128+n asked to stop by signal n: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1; go on with --resume
 
@@ -246,15 +246,20 @@ def run_process(args: argparse.Namespace) -> dict | None:
         who = f"a process of the data loader of rank {comm.get_rank()}"
         print(f"error: {_killed(who, number)}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    except FloatingPointError as e:  # of Detectron2, or of StepTrainer; maybe in this process alone
-        reason = " ".join(str(e).split())
-        print(
-            f"error: training diverged ({reason}); nothing was saved after that: go on with --resume from "
-            "the last checkpoint, or start again with a lower SOLVER.BASE_LR, a longer "
-            "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True.",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_FAILED)
+    except FloatingPointError as e:  # in all processes together, or in this one alone
+        if getattr(e, "is_told", True):
+            reason = " ".join(str(e).split())
+            print(
+                f"error: training diverged: {reason}; nothing was saved after that: go on with --resume from "
+                "the last checkpoint, or start again with a lower SOLVER.BASE_LR, a longer "
+                "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True.",
+                file=sys.stderr,
+            )
+        together = getattr(e, "together", False)
+    # The error is gone here, and with its frames the model, which holds the process group.
+    if dist.is_initialized() and together:
+        compat.leave_process_group()  # not before each has kept what it keeps
+    sys.exit(EXIT_FAILED)
 
 
 @contextmanager

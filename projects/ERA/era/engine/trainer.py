@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import weakref
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from era import compat
 from era.checkpoint.reading import SafeCheckpointer
@@ -32,12 +30,14 @@ from era.data.loader import labeled_loader
 from era.data.pictures import BadTestPictures, WatchedLoader
 from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
 from era.data.unlabeled import build_mixed_loader
+from era.engine.bad_step import keep_bad_step
 from era.engine.evaluation import (
     DetectionEvaluator,
     build_test_loader,
     evaluate,
     evaluate_teacher,
 )
+from era.engine.guard import CheckWeights
 from era.engine.hooks import (
     CacheFigures,
     Checkpoints,
@@ -50,103 +50,15 @@ from era.engine.hooks import (
 from era.engine.preflight import check_start, teacher_record
 from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalars_of
 from era.engine.schedule import amp_dtype, scale_to_world
+from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
+from era.engine.watch import watch_of
 from era.modeling.distiller import Distiller
 from era.modeling.roi_align import gather_roi_align
 from era.modeling.teacher_cache import build_teacher_cache
 from era.registry import is_distiller
 
 logger = logging.getLogger(__name__)
-
-# float16 skips a step whose scaled gradients overflow and halves the scale, from 65536. Below this (fairseq's
-# bound; thirty steps in a row) no scale helps.
-MIN_LOSS_SCALE = 1e-4
-
-
-class StepTrainer(SimpleTrainer):
-    """Detectron2's SimpleTrainer with gradient accumulation and mixed precision on GPU and CPU.
-
-    Args:
-        model, data_loader, optimizer: as SimpleTrainer.
-        accumulation_steps: batches whose mean gradient makes one optimiser step.
-        amp_dtype: type of autocast, None for float32 throughout. float16 scales the loss.
-        device_type: ``cuda`` or ``cpu``, for autocast.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data_loader,
-        optimizer: torch.optim.Optimizer,
-        *,
-        accumulation_steps: int = 1,
-        amp_dtype: torch.dtype | None = None,
-        device_type: str = "cuda",
-    ):
-        super().__init__(model, data_loader, optimizer)
-        self.accumulation_steps = accumulation_steps
-        self.amp_dtype = amp_dtype
-        self.device_type = device_type
-        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp_dtype == torch.float16)
-
-    def run_step(self) -> None:
-        """One optimiser step: forward and backward of every batch in it, then the update.
-
-        Raises:
-            FloatingPointError: a loss or a gradient is not finite; the weights are as before the step.
-        """
-        assert self.model.training, "the model was changed to eval mode"
-        self.optimizer.zero_grad()
-        data_time, total = 0.0, {}
-        for index in range(self.accumulation_steps):
-            start = time.perf_counter()
-            data = compat.next_batch(self)
-            data_time += time.perf_counter() - start
-            is_last = index == self.accumulation_steps - 1
-            with self._no_sync() if not is_last else nullcontext():
-                with torch.autocast(
-                    self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
-                    losses = self.model(data)
-                losses = {name: loss / self.accumulation_steps for name, loss in losses.items()}
-                self.grad_scaler.scale(sum(losses.values())).backward()
-            for name, loss in losses.items():
-                total[name] = total.get(name, 0.0) + loss.detach()
-        self.after_backward()
-        compat.write_metrics(self, total, data_time)
-        self._check_gradients()
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def _check_gradients(self) -> None:
-        # DDP has averaged the gradients: every process sees the same and stops alike.
-        if self.grad_scaler.is_enabled():  # it looks at the gradients itself, and skips the step
-            scale = self.grad_scaler.get_scale()
-            if scale < MIN_LOSS_SCALE:
-                raise FloatingPointError(
-                    f"gradients in float16 were not finite at any loss scale down to {scale:.1e} "
-                    f"at iteration {self.iter}"
-                )
-            return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not torch.isfinite(get_total_norm(gradients)):  # all that the host waits for
-            raise FloatingPointError(f"a gradient became infinite or NaN at iteration {self.iter}")
-
-    def _no_sync(self):
-        is_ddp = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_ddp else nullcontext()
-
-    def state_dict(self) -> dict:
-        """Optimiser, hooks, and the loss scale of float16."""
-        state = super().state_dict()
-        state["grad_scaler"] = self.grad_scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Inverse of :meth:`state_dict`; a checkpoint of a run in another precision is accepted."""
-        super().load_state_dict(state_dict)
-        if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 class Trainer(DefaultTrainer):
@@ -162,7 +74,10 @@ class Trainer(DefaultTrainer):
 
     Attributes:
         seed: ``SEED``; where none is set, one that the processes draw together and checkpoints keep.
+        keeps_bad_steps: whether a step that had to be stopped is kept below ``OUTPUT_DIR``.
     """
+
+    keeps_bad_steps = True
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ cannot do CPU DDP
@@ -170,13 +85,11 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         if isinstance(model, Distiller) and model.teacher is not None:
             model.teacher.cache = build_teacher_cache(cfg)
+        speed_up(cfg, model)
         device = torch.device(cfg.MODEL.DEVICE)
-        if device.type == "cpu":
-            gather_roi_align(model)
-            if isinstance(model, Distiller) and model.teacher is not None:  # no submodule
-                gather_roi_align(model.teacher.model)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        watch = watch_of(cfg, model)
         ddp_options = {"device_ids": None} if device.type == "cpu" else {}
         model = create_ddp_model(model, broadcast_buffers=False, **ddp_options)
         self._trainer = StepTrainer(
@@ -186,6 +99,8 @@ class Trainer(DefaultTrainer):
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
             amp_dtype=amp_dtype(cfg),
             device_type=device.type,
+            max_loss=cfg.SOLVER.MAX_LOSS,
+            watch=watch,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = SafeCheckpointer(
@@ -220,10 +135,8 @@ class Trainer(DefaultTrainer):
         """As DefaultTrainer; a fresh start of a distiller may let the student inherit weights."""
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
-        inherited = self.cfg.MODEL.DISTILLER.INIT_STUDENT
-        if is_distiller(self.cfg) and inherited != INHERIT_NOTHING and not resumed:
-            check_start(self.cfg, self.bare_model, self.checkpointer)
-            self.bare_model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)
+        if not resumed:
+            inherit(self.cfg, self.bare_model, self.checkpointer)
         if self._resumed is not None:
             self._begin_data_at(self.start_iter)
         elif resumed:
@@ -283,9 +196,23 @@ class Trainer(DefaultTrainer):
         return self._hooks[place_of_evaluation(self._hooks) :]
 
     def run_step(self) -> None:
-        """A step whose random numbers follow from the seed, the iteration and the process alone."""
+        """A step whose random numbers follow from the seed, the iteration and the process alone. Raises Diverged."""
         seed_all(derived_seed(STEP, self.seed, self.iter, comm.get_rank()))
-        super().run_step()
+        with self._bad_steps_kept(updated=False):
+            super().run_step()
+
+    def after_step(self) -> None:
+        """As DefaultTrainer. Raises Diverged where the weights have left every bound."""
+        with self._bad_steps_kept(updated=True):
+            super().after_step()
+
+    @contextmanager
+    def _bad_steps_kept(self, *, updated: bool):
+        try:
+            yield
+        except FloatingPointError as e:
+            folder = self.cfg.OUTPUT_DIR if self.keeps_bad_steps else None
+            raise keep_bad_step(e, self._trainer, folder, self.seed, updated=updated) from e
 
     def after_train(self) -> None:
         """A run that had nothing left to do is where it was; what failed is not evaluated."""
@@ -296,7 +223,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks with checkpoints of this project's own, the best weights, the memory of a GPU, the
-        figures of the teacher's cache, and the plain student at the end."""
+        figures of the teacher's cache, and the plain student at the end; before all of them a look at the weights."""
         cfg = self.cfg
         ret = super().build_hooks()
         StopAtSignal.insert(ret)
@@ -318,7 +245,8 @@ class Trainer(DefaultTrainer):
                 ret.insert(-1, best)  # after the evaluation, before the writers
             # Before the evaluation, which may find a picture that ends the run.
             ret.insert(place_of_evaluation(ret), SaveStudent())
-        return ret
+        periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        return [CheckWeights(periods), *ret]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers, of which metrics.json can go on at a checkpoint."""
@@ -373,3 +301,24 @@ class Trainer(DefaultTrainer):
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
             results["teacher"] = self._teacher_results
         return results
+
+
+def speed_up(cfg: CfgNode, model: nn.Module) -> None:
+    """On a CPU, ROIAlign of a model that is to train as :func:`~era.modeling.roi_align.gather_roi_align`."""
+    if torch.device(cfg.MODEL.DEVICE).type != "cpu":
+        return
+    gather_roi_align(model)
+    if isinstance(model, Distiller) and model.teacher is not None:  # no submodule
+        gather_roi_align(model.teacher.model)
+
+
+def inherit(cfg: CfgNode, model: nn.Module, checkpointer: SafeCheckpointer) -> None:
+    """The student of a fresh start takes over what ``MODEL.DISTILLER.INIT_STUDENT`` says, after a load of ``MODEL.WEIGHTS``.
+
+    Raises:
+        UserError: as :func:`~era.engine.preflight.check_start`.
+    """
+    inherited = cfg.MODEL.DISTILLER.INIT_STUDENT
+    if is_distiller(cfg) and inherited != INHERIT_NOTHING:
+        check_start(cfg, model, checkpointer)
+        model.init_student_from_teacher(fpn=inherited == INHERIT_FPN)

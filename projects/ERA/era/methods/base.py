@@ -73,6 +73,8 @@ class Method(nn.Module):
         charts: further charts of what the method logs.
         neutral: keys that came later, by full name, with the value that computes what was computed without them: at it
             they are no part of what a run's result follows from, so kept results stay good when a key comes or goes.
+        own_part_losses: names of losses that rightly send no gradient into the student, because they train a part of
+            the method's own; every other one without gradient is warned of (:class:`~era.engine.watch.LossWatch`).
         part_key: the config key that names the checkpoint of the run that trained a part of the method first, see
             :meth:`prepares`; None if there is no such part, or the method also does without.
         alpha_key: the config key, 0 to 1, that says how far inference leans on the teacher; None if the
@@ -84,6 +86,7 @@ class Method(nn.Module):
     loss_labels: ClassVar[dict[str, str]] = {}
     charts: ClassVar[tuple[Chart, ...]] = ()
     neutral: ClassVar[Mapping[str, Any]] = {}
+    own_part_losses: ClassVar[tuple[str, ...]] = ()
     part_key: ClassVar[str | None] = None
     alpha_key: ClassVar[str | None] = None
 

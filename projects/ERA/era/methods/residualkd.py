@@ -198,6 +198,7 @@ class ResidualKD(Method):
         "loss_residualkd_feature": "ResidualKD: MSE of the student's maps",
         "loss_residualkd_residual": "ResidualKD: MSE of the assistant's residuals",
     }
+    own_part_losses: ClassVar = ("loss_residualkd_residual",)  # of the assistant
     alpha_key = "MODEL.RESIDUALKD.ALPHA"
 
     @classmethod

@@ -36,7 +36,7 @@ from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 from era.runs.folder import read_stamp
 from era.runs.plan import FINAL, Run
 
-# Places, and what is described by its content instead.
+# Places, what is described by its content instead, and what changes no number.
 ELSEWHERE = (
     "OUTPUT_DIR",
     "DATASETS.COCO_FORMAT",
@@ -46,6 +46,9 @@ ELSEWHERE = (
     # Exact unless CACHE_DTYPE says otherwise, which counts.
     "MODEL.TEACHER.CACHE",
     "MODEL.TEACHER.CACHE_GIB",
+    # Whether a run is stopped or warned of, not what it computes.
+    "SOLVER.MAX_LOSS",
+    "MODEL.DISTILLER.MAX_TASK_RATIO",
 )
 
 
