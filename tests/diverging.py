@@ -7,14 +7,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from era.methods import Method, Needs
-from era.registry import METHOD_REGISTRY
 
 FROM = 3  # iteration from which it fails
 
 
-@METHOD_REGISTRY.register()
 class DIVERGING(Method):
-    """Its loss reads the student's finest map, and from iteration :data:`FROM` on fails as ``kind`` says.
+    """To be registered for a test. Its loss reads the student's finest map, and from iteration :data:`FROM` on fails as ``kind`` says.
 
     ``loss``: the logarithm of a negative number; ``gradient``: the root of 0, whose value is 0 and whose gradient is not finite;
     ``large``: a billion times as much; ``forward``: what a detector raises. ``rank``: in this process alone, None in all.

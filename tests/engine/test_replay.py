@@ -8,20 +8,28 @@ import diverging
 import numpy as np
 import pytest
 import torch
-from builders import batch, cli, run_tool
+from builders import batch, cli, run_tool, tiny_cfg, tiny_model
 from detectron2.structures import BitMasks, Keypoints, PolygonMasks, RotatedBoxes
 from stop_case import forked
 
 from era.engine import bad_step, replay, retake
-from era.engine.bad_step import pack, read_bad_step, unpack
+from era.engine.bad_step import BadStep, pack, read_bad_step, unpack
 from era.engine.launch import train_net
 from era.errors import UserError
+from era.registry import METHOD_REGISTRY
 
 # Losses that depend on buffers which every step moves, and on a teacher.
 STANDARDISED = [
     "MODEL.DISTILLER.METHODS", "['ERA', 'DIVERGING']", "MODEL.ERA.STANDARDIZE", "teacher",
     "MODEL.ERA.FEATURE_WEIGHT", "0.01", "MODEL.ERA.RESIDUAL_WEIGHT", "0.01",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    METHOD_REGISTRY.register(diverging.DIVERGING)
+    yield
+    METHOD_REGISTRY._obj_map.pop("DIVERGING")
 
 
 def arguments(tiny_data, output, *opts):
@@ -147,7 +155,9 @@ def test_the_last_checkpoint_stands_in_for_weights_that_are_gone(
     ("gradient", ["iter_0000003_rank0.pt", "iter_0000003_rank0_weights.pth", "iter_0000003_rank1.pt"]),
     ("forward", ["iter_0000003_rank1.pt", "iter_0000003_rank1_weights.pth"]),
 ])  # fmt: skip
-def test_what_goes_wrong_in_one_process_stops_all(kind, files, tiny_data, tmp_path, capsys):
+def test_what_goes_wrong_in_one_process_stops_all(
+    kind, files, tiny_data, tmp_path, monkeypatch, capsys
+):
     """Within seconds, with one sentence; the file of the process whose loss it was fails again by itself."""
 
     def prepare():
@@ -168,11 +178,8 @@ def test_what_goes_wrong_in_one_process_stops_all(kind, files, tiny_data, tmp_pa
     expected = {"loss": "loss_diverging_mean is NaN in process 1 at iteration 3",
                 "gradient": ".pt, of each process one", "forward": "Predicted boxes"}[kind]  # fmt: skip
     assert expected in errors[0]
-    try:
-        diverging.DIVERGING.kind = kind
-        assert replay.main([str(tmp_path / "run" / "bad_step" / "iter_0000003_rank1.pt")]) == 1
-    finally:
-        diverging.DIVERGING.kind = "loss"
+    monkeypatch.setattr(diverging.DIVERGING, "kind", kind)
+    assert replay.main([str(tmp_path / "run" / "bad_step" / "iter_0000003_rank1.pt")]) == 1
     output = capsys.readouterr().out
     assert "process 1 (of 2)" in output and "as they were before the step" in output
     assert kind == "forward" or "with the losses of the run" in output
@@ -235,6 +242,19 @@ def valid_step():
         "gradients": [], "loss_scale": 1.0, "learning_rates": [0.1], "updated": False,
         "batches": pack([batch((1,))]), "buffers": {}, "weights": "", "why_no_weights": "",
     }  # fmt: skip
+
+
+def test_the_first_module_that_is_not_finite_is_named():
+    """Of a plain detector whose box head has a bad weight: what comes after it is not, and nothing before it."""
+    step = BadStep(**{key: v for key, v in valid_step().items() if key != "form"} | {"batches": [batch((2, 1))]})  # fmt: skip
+    model = tiny_model("plain").train()
+    model.roi_heads.box_head.fc2.weight.data[0, 0] = float("nan")
+    found = retake.retake(tiny_cfg("plain"), model, step)
+    assert found.first_module == "roi_heads.box_head.fc2 (Linear, its input is finite)"
+    bad = {name for name, loss in found.losses.items() if not math.isfinite(loss)}
+    assert bad == {"loss_cls", "loss_box_reg"} and found.first_gradient.startswith("roi_heads.")
+    assert found.parts["proposal_generator"][1] == 0 < found.parts["backbone"][1]
+    assert re.match("loss_cls is NaN, loss_box_reg is NaN at iteration 3", found.problem(1e6, 3))
 
 
 DAMAGES = {

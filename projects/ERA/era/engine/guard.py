@@ -146,7 +146,9 @@ def check_losses(by_process: Sequence[dict[str, float]], bound: float, iteration
 
 
 def _in_words(value: float) -> str:
-    return {True: "NaN", False: "infinite"}[math.isnan(value)] if not math.isfinite(value) else f"{value:.4g}"  # fmt: skip
+    if math.isfinite(value):
+        return f"{value:.4g}"
+    return "NaN" if math.isnan(value) else "infinite"
 
 
 def some_of(words: Sequence[str]) -> str:
