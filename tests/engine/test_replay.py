@@ -145,7 +145,10 @@ def test_the_last_checkpoint_stands_in_for_weights_that_are_gone(
     output = capsys.readouterr().out
     assert "model_0000002.pth, as they were before the step" in output
     assert "fails again, with the losses of the run: loss_diverging_mean is NaN" in output
-    assert replay.main([str(file), "--weights", str(tmp_path / "model_0000002.pth")]) == 1
+    checkpoint = str(tmp_path / "model_0000002.pth")
+    assert (
+        replay.main([str(file), "MODEL.DEVICE", "cpu", "--weights", checkpoint, "SEED", "6"]) == 1
+    )
     with pytest.raises(UserError, match="do not fit the model of the config"):
         replay.main([str(file), "MODEL.FPN.OUT_CHANNELS", "24"])
 

@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", default="", help="default: config.yaml of the run's folder")  # fmt: skip
     parser.add_argument("--weights", default="", help="a checkpoint of the run in the place of the weights that were kept")  # fmt: skip
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config, such as MODEL.DEVICE cpu")  # fmt: skip
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     validate_config(cfg)
     weights, whence = weights_for(cfg, step, args.file, run, args.weights)
     model, optimizer = build(cfg, step, weights)
-    print(f"Iteration {step.iteration} of process {step.rank} (of {step.processes}), seed {step.seed}: {step.reason}")  # fmt: skip
+    print(
+        f"Iteration {step.iteration} of process {step.rank} (of {step.processes}), seed {step.seed}: {_plain(step.reason)}"
+    )
     names = [str(item.get("file_name", "?")) for batch in step.batches for item in batch]
-    print(f"pictures: {', '.join(names)}")
+    print(f"pictures: {_plain(', '.join(names))}")
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(step.learning_rates)))
     print(f"weights: {whence}; learning rate {rates}")
     found = retake(cfg, model, step, optimizer)
@@ -165,6 +167,11 @@ def build(cfg: CfgNode, step: BadStep, weights: str | None) -> tuple[nn.Module, 
     return model.train(), None
 
 
+def _plain(text: str) -> str:
+    """A text of a file that may come from anybody, for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))
 
@@ -173,7 +180,10 @@ def report(step: BadStep, found: Replayed) -> str:
     """The tables and sentences for a reader."""
     names = list(dict.fromkeys([*step.losses, *found.losses]))
     losses = [
-        [name, *(_number(d.get(name)) for d in (step.losses, found.losses, found.loss_gradients))]
+        [
+            _plain(name),
+            *(_number(d.get(name)) for d in (step.losses, found.losses, found.loss_gradients)),
+        ]
         for name in names
     ]
     parts = [[n, _number(norm), f"{bad} of {count}"] for n, (norm, bad, count) in found.parts.items()]  # fmt: skip
