@@ -7,16 +7,25 @@ scalars, whose medians metrics.json shows; and how far that file was written.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import re
 
 from detectron2.utils.events import EventStorage, JSONWriter
+from fvcore.common.history_buffer import HistoryBuffer
 
 # Scalars that tell of this process's clock: they begin anew with every process.
 CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
 WINDOW = 20  # iterations whose median Detectron2's writers show
+LONGEST_WINDOW = 1000  # values that they look back at for the time that is left
+
+
+def limit_histories(storage: EventStorage) -> None:
+    """Keep of every scalar no more values than a writer looks at. Detectron2 keeps a million of each, which grows by
+    305 MiB in 90,000 iterations of 40 scalars. Of a storage that holds none yet."""
+    storage.histories().default_factory = functools.partial(HistoryBuffer, LONGEST_WINDOW)
 
 
 def scalars_of(storage: EventStorage) -> dict[str, dict]:

@@ -48,7 +48,13 @@ from era.engine.hooks import (
     place_of_evaluation,
 )
 from era.engine.preflight import check_start, teacher_record
-from era.engine.resume import MetricsFile, check_place, put_scalars_back, scalars_of
+from era.engine.resume import (
+    MetricsFile,
+    check_place,
+    limit_histories,
+    put_scalars_back,
+    scalars_of,
+)
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
@@ -177,6 +183,7 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Where the run goes on from a checkpoint, the end of its iteration is done first: a checkpoint is written
         before the evaluation and the metrics of its iteration."""
+        limit_histories(self.storage)
         super().before_train()
         if self._metrics_file is not None and self.start_iter > 0:
             written = self.start_iter - 1
