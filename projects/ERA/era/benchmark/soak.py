@@ -39,7 +39,7 @@ Trailing KEY VALUE pairs override the config of the runs, not of the teacher.
 BOUNDS = {"memory": 32.0, "shared": 8.0, "handles": 1.0, "threads": 1.0, "processes": 1.0}
 UNITS = {"memory": " MiB", "shared": " MiB"}
 PERIOD = 20  # steps from one line of metrics.json to the next: a sample is taken when one appears
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0  # torch's loader processes look every 5 s whether their parent is still there
 FEWEST = 4 * PERIOD + 1  # iterations of a run: four samples, the last line not counted
 TIMES = 10  # evaluations and checkpoints of a run
