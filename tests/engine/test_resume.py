@@ -21,6 +21,8 @@ LENGTH = ["SOLVER.MAX_ITER", "24", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHEC
 SEEDED = ["SEED", "5"]
 UNLABELED = ["DATASETS.UNLABELED", "('tiny_train',)",
              "SOLVER.IMS_PER_BATCH", "4", "SOLVER.UNLABELED_PER_BATCH", "2"]  # fmt: skip
+AVERAGED = ["MODEL.EMA.ENABLED", "True", "MODEL.EMA.DECAY", "0.6", "MODEL.RESNETS.NORM", "BN",
+            "SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4"]  # fmt: skip
 EVERYWHERE = [
     Kill(step=3),  # before the first checkpoint: there is nothing to resume
     Kill(step=7),
@@ -49,13 +51,27 @@ CASES = {
         [*SEEDED, *UNLABELED, "MODEL.ERA.NORM", "GN"],
         [Kill(step=12, rank=1), Kill(write="model_0000014.pth")],
     ),
+    "averaged": (  # weights, accumulated, and a detector that leans on the teacher
+
+        "era",
+        [*SEEDED, *AVERAGED, "MODEL.ERA.ALPHA", "0.5"],
+        [Kill(step=7), Kill(write="model_0000009.pth"), Kill(evaluation=15), Kill(write="model_final.pth"),
+         Kill(evaluation=24)],
+    ),
+    "two averaged": (  # processes, whose statistics of BatchNorm differ, in float16
+
+        "plain",
+        [*SEEDED, *AVERAGED, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"],
+        [Kill(step=12, rank=1), Kill(write="model_0000019.pth")],
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(name, tiny_data, tmp_path):
     config, opts, kills = CASES[name]
-    processes = ["--num-gpus", "2" if name == "two" else "1"]
+    several = name.startswith("two")
+    processes = ["--num-gpus", "2" if several else "1"]
 
     teacher = tmp_path / "teacher.pth"
     torch.save({"model": tiny_model().teacher.model.state_dict()}, teacher)
@@ -68,7 +84,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(name, tiny
     log, draw = tmp_path / "killed.txt", 5
     for kill in kills:
         status = run(["--resume", *args("killed")], kill=kill, log=log, draw=draw)
-        assert status == (1 if name == "two" else -9), log.read_text()[-3000:]
+        assert status == (1 if several else -9), log.read_text()[-3000:]
         has_begun = any((tmp_path / "killed").glob("model_*.pth"))
         draw = 6 if has_begun else draw  # the checkpoint's counts, not what is drawn now
     assert run(["--resume", *args("killed")], log=log, draw=draw) == 0

@@ -85,6 +85,16 @@ def add_era_config(cfg: CfgNode) -> None:
     # float32 keeps what the teacher computes as it is; float16 takes half the room and rounds: another run.
     _C.MODEL.TEACHER.CACHE_DTYPE = "float32"
 
+    # ---- The average of the weights (era/engine/ema.py) ------------------------------------------
+    _C.MODEL.EMA = CfgNode()
+    # Evaluate, keep as the best, leave as the plain student and deploy the exponential moving average of the weights
+    # over the steps of the run; training goes on with the weights themselves.
+    _C.MODEL.EMA.ENABLED = False
+    # d: average = d * average + (1 - d) * weights after a step; min(d, (1 + n) / (10 + n)) after n steps. 0.9998 is
+    # EfficientDet's (arXiv 1911.09070, section 5.1). With SOLVER.REFERENCE_WORLD_SIZE a batch of another size makes
+    # it d^(batch / reference batch), so that it spans as many pictures (arXiv 2307.13813).
+    _C.MODEL.EMA.DECAY = 0.9998
+
     # ---- Training, data, evaluation --------------------------------------------------------------
     # Batches whose gradients are summed into one optimiser step. SOLVER.IMS_PER_BATCH stays the number
     # of images per optimiser step; each forward sees IMS_PER_BATCH / ACCUMULATION_STEPS of them.

@@ -15,6 +15,7 @@ from detectron2.engine.hooks import EvalHook
 from era.checkpoint.reading import SafeCheckpointer, peek
 from era.checkpoint.student import save_plain_student
 from era.checkpoint.writing import HASH, PARTIAL, damage, remove
+from era.engine.ema import averaged
 from era.modeling.distiller import Distiller
 from era.modeling.teacher_cache import TeacherCache
 
@@ -174,7 +175,8 @@ class SaveStudent(HookBase):
         model = trainer.bare_model
         student = model.student if isinstance(model, Distiller) else model
         folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
-        path = save_plain_student(student, trainer.cfg, folder)
+        with averaged(trainer.average):
+            path = save_plain_student(student, trainer.cfg, folder)
         logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)
 
 

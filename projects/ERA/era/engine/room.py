@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from detectron2.config import CfgNode
 from torch import nn
 
+from era.engine.ema import averaged_tensors
 from era.errors import UserError
 from era.modeling.distiller import Distiller
 
@@ -21,8 +22,8 @@ class Room:
     """Bytes that a run's files take beside each other, and bytes that are free for them.
 
     Attributes:
-        checkpoint: of one training checkpoint: weights, BatchNorm's statistics, and the optimiser's momentum, one
-            number for each weight that is trained.
+        checkpoint: of one training checkpoint: weights, BatchNorm's statistics, the optimiser's momentum, one
+            number for each weight that is trained, and what training goes on with beside an average.
         count: of those, at most, at a time.
         weights: of the files with weights alone: the plain student, and the best weights where they are kept.
         free: on the disk of the folder, with what checkpoints that lie in the folder already take.
@@ -67,7 +68,8 @@ def room_for(cfg: CfgNode, model: nn.Module) -> Room:
     count = (min(periodic, kept) if kept else periodic) + 1
     there = glob.glob(os.path.join(glob.escape(cfg.OUTPUT_DIR), "model_*.pth"))
     free = free_bytes(cfg.OUTPUT_DIR) + sum(map(os.path.getsize, there))
-    return Room(cfg.OUTPUT_DIR, state + trained, count, weights, free)
+    beside = _bytes_of(averaged_tensors(model).values()) if cfg.MODEL.EMA.ENABLED else 0
+    return Room(cfg.OUTPUT_DIR, state + trained + beside, count, weights, free)
 
 
 def check_room(cfg: CfgNode, model: nn.Module) -> Room:

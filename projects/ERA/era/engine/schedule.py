@@ -26,7 +26,8 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
     """Detectron2's linear scaling from ``SOLVER.REFERENCE_WORLD_SIZE`` processes to those at work.
 
     Accumulated batches count as processes: one GPU with ``SOLVER.ACCUMULATION_STEPS 8`` follows an
-    8-GPU recipe unchanged. ``SOLVER.UNLABELED_PER_BATCH`` keeps its part of a batch. What changed is logged.
+    8-GPU recipe unchanged. ``SOLVER.UNLABELED_PER_BATCH`` keeps its part of a batch, ``MODEL.EMA.DECAY`` the pictures
+    that it spans. What changed is logged.
 
     Raises:
         UserError: the reference does not divide the batch, or the batch cannot be split evenly.
@@ -45,9 +46,13 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
             f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide: change one of the two."
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, workers)
-    if has_unlabeled and scaled is not cfg:
+    if scaled is not cfg:
         scaled.defrost()
-        scaled.SOLVER.UNLABELED_PER_BATCH = cfg.SOLVER.UNLABELED_PER_BATCH // reference * workers
+        if has_unlabeled:
+            scaled.SOLVER.UNLABELED_PER_BATCH = (
+                cfg.SOLVER.UNLABELED_PER_BATCH // reference * workers
+            )
+        scaled.MODEL.EMA.DECAY = cfg.MODEL.EMA.DECAY ** (workers / reference)
         if cfg.is_frozen():
             scaled.freeze()
     if scaled.SOLVER.IMS_PER_BATCH % workers:
@@ -73,6 +78,8 @@ def scale_to_world(cfg: CfgNode, world_size: int) -> CfgNode:
             "CHECKPOINT_PERIOD",
         )
         changes = ", ".join(f"{k} {cfg.SOLVER[k]} -> {scaled.SOLVER[k]}" for k in keys)
+        if cfg.MODEL.EMA.ENABLED:
+            changes += f", MODEL.EMA.DECAY {cfg.MODEL.EMA.DECAY} -> {scaled.MODEL.EMA.DECAY:.6g}"
         logger.info(
             "SOLVER.REFERENCE_WORLD_SIZE %d, at work %d process(es) x %d accumulated batches: %s, "
             "TEST.EVAL_PERIOD %d -> %d",

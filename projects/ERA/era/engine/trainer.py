@@ -31,6 +31,7 @@ from era.data.pictures import BadTestPictures, WatchedLoader
 from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
 from era.data.unlabeled import build_mixed_loader
 from era.engine.bad_step import keep_bad_step
+from era.engine.ema import AveragingCheckpointer, UpdateAverage, average_of, averaged
 from era.engine.evaluation import (
     DetectionEvaluator,
     build_test_loader,
@@ -81,6 +82,7 @@ class Trainer(DefaultTrainer):
     Attributes:
         seed: ``SEED``; where none is set, one that the processes draw together and checkpoints keep.
         keeps_bad_steps: whether a step that had to be stopped is kept below ``OUTPUT_DIR``.
+        average: of the weights, None without ``MODEL.EMA``; every process has its own, equal but for statistics.
     """
 
     keeps_bad_steps = True
@@ -109,9 +111,11 @@ class Trainer(DefaultTrainer):
             watch=watch,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeCheckpointer(
+        self.average = average_of(cfg, self.bare_model)
+        self.checkpointer = AveragingCheckpointer(
             model,
             cfg.OUTPUT_DIR,
+            average=self.average,
             settings=settings_of(cfg, processes=comm.get_world_size()),
             trainer=weakref.proxy(self),
             **teacher_record(model),
@@ -234,6 +238,8 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         ret = super().build_hooks()
         StopAtSignal.insert(ret)
+        if self.average is not None:
+            ret.insert(0, UpdateAverage(self.average))
         if self.cfg.MODEL.DEVICE.startswith("cuda"):
             ret.insert(0, GpuMemory())  # before the writers
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
@@ -288,12 +294,19 @@ class Trainer(DefaultTrainer):
             dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
         )
 
-    @interruptible()
     def test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
-        """Evaluate on every ``DATASETS.TEST``; with ``TEST.EVAL_TEACHER`` the teacher too, once. Nothing where only a
-        part of a method is trained. All processes evaluate with the main one's buffers, as checkpoints hold them."""
+        """Evaluate on every ``DATASETS.TEST``, with averaged weights where there are any; with ``TEST.EVAL_TEACHER`` the
+        teacher too, once. Nothing where only a part of a method is trained. All processes evaluate with the main one's
+        buffers, as checkpoints hold them."""
         if self.is_preparation:
             return OrderedDict()
+        with (
+            averaged(self.average),
+            interruptible(),
+        ):  # no signal between two weights of an exchange
+            return self._test(cfg, model)
+
+    def _test(self, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         if isinstance(self.model, DistributedDataParallel):
             for buffer in self.bare_model.buffers():  # such as BatchNorm's, of each process's own
                 dist.broadcast(buffer, 0)
