@@ -112,9 +112,10 @@ def run(args, *, kill: Kill | None = None, draw: int = 5, log: Path) -> int:
 
 
 def lines(folder: Path) -> list[dict]:
-    """metrics.json without what a clock measured."""
+    """metrics.json without what a clock measured, and without lines of nothing else."""
     found = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
+    kept = [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
+    return [line for line in kept if line.keys() != {"iteration"}]
 
 
 def left_behind(folder: Path) -> dict:

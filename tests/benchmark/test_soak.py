@@ -181,7 +181,16 @@ def test_growth_in_a_run_is_exit_status_1(tmp_path, monkeypatch, capsys):
         ]
     )
     assert status == 1
-    assert "one process: handles rises by 100.0 (at most 1)" in capsys.readouterr().out
+    assert "one process: handles rises by 100.0 (expected below 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes, faults", [(1, 1), (2, 0)])
+def test_memory_may_rise_by_so_much_a_process(processes, faults):
+    rise = 1.5 * BOUNDS["memory"]
+    samples = {i: Usage(rise * i / 200, 0.0, 5, 1, processes) for i in range(20, 200, 20)}
+    found = Soak("run", 200, samples=samples).faults()
+    assert len(found) == faults
+    assert not found or found[0] == "memory rises by 48.0 MiB (expected below 32 MiB)"
 
 
 @pytest.mark.parametrize(

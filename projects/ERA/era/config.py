@@ -122,6 +122,12 @@ def add_era_config(cfg: CfgNode) -> None:
     # The weights of the evaluation with the highest value of this stay in model_best.pth: bbox/AP, segm/AP or another
     # name in metrics.json, without the set's; of the first of DATASETS.TEST. "" = none; only with TEST.EVAL_PERIOD.
     _C.TEST.BEST_METRIC = "bbox/AP"
+    # Training ends, as after its last iteration, when so many evaluations in a row were not better than the best by
+    # BEST_METRIC. 0 = it does not.
+    _C.TEST.PATIENCE = 0
+    # The plain student that a run leaves is that of the best evaluation, not of the last iteration; best.json beside
+    # it says which one that was.
+    _C.TEST.LEAVE_BEST = False
     # A picture that cannot be used (absent, damaged, of another size than its annotation says): "stop" ends the
     # run, "skip" puts another one in its place in training and counts it as without detections in evaluation.
     _C.INPUT.ON_BAD_IMAGE = "stop"

@@ -82,11 +82,15 @@ class KeepBest(HookBase):
         checkpointer: writes it.
         metric: name of a scalar of the evaluation; more is better.
         resumed: called when training begins, whether the run goes on from a checkpoint.
+
+    Attributes:
+        value, iteration: the best one and the iteration of it; None before the first.
     """
 
     def __init__(self, checkpointer: SafeCheckpointer, metric: str, resumed):
         self.checkpointer, self.metric, self.resumed = checkpointer, metric, resumed
         self.value: float | None = None
+        self.iteration: int | None = None
         self._said = False
 
     def before_train(self) -> None:
@@ -100,8 +104,8 @@ class KeepBest(HookBase):
             logger.warning("%s is damaged (%s): the best is looked for anew.", path, problem)
             return
         match data.get("best"):
-            case {"metric": self.metric, "value": float(value)}:
-                self.value = value
+            case {"metric": self.metric, "value": float(value), "iteration": int(iteration)}:
+                self.value, self.iteration = value, iteration
 
     def after_step(self) -> None:
         """After the hook that evaluates."""
@@ -125,7 +129,7 @@ class KeepBest(HookBase):
         if iteration != storage.iter:
             return  # of an earlier evaluation
         if value > (float("-inf") if self.value is None else self.value):
-            self.value = value
+            self.value, self.iteration = value, iteration
             best = {"metric": self.metric, "value": value, "iteration": iteration}
             self.checkpointer.save_weights(BEST, best=best)
             logger.info("The best %s so far, %.3f, is kept in %s.pth.", self.metric, value, BEST)
@@ -169,15 +173,19 @@ class SaveStudent(HookBase):
 
     def after_train(self) -> None:
         """Nothing is written if training stopped early."""
-        trainer = self.trainer
-        if trainer.iter < trainer.max_iter:
+        if self.trainer.iter < self.trainer.max_iter:
             return
-        model = trainer.bare_model
-        student = model.student if isinstance(model, Distiller) else model
-        folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
-        with averaged(trainer.average):
-            path = save_plain_student(student, trainer.cfg, folder)
+        with averaged(self.trainer.average):
+            path = write_student(self.trainer)
         logger.info("The plain student, an ordinary Detectron2 model, is in %s", path)
+
+
+def write_student(trainer) -> str:
+    """The plain student out of the weights that a trainer's model holds, into ``OUTPUT_DIR/student``; its path."""
+    model = trainer.bare_model
+    student = model.student if isinstance(model, Distiller) else model
+    folder = os.path.join(trainer.cfg.OUTPUT_DIR, STUDENT_FOLDER)
+    return save_plain_student(student, trainer.cfg, folder)
 
 
 def place_of_evaluation(hooks: Sequence[HookBase]) -> int:

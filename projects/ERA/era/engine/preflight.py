@@ -25,6 +25,7 @@ from era.checkpoint.teacher import TeacherRecord
 from era.config import INHERIT_NOTHING, load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.data.unlabeled import check_unlabeled
+from era.engine.best import check_best
 from era.engine.ema import check_average
 from era.engine.room import check_room
 from era.engine.schedule import scale_to_world
@@ -87,7 +88,7 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
 
 
 def check_schedule(cfg: CfgNode) -> None:
-    """Numbers of ``SOLVER``, ``DATALOADER`` and ``MODEL.EMA`` that training can work with.
+    """Numbers of ``SOLVER``, ``DATALOADER``, ``MODEL.EMA`` and ``TEST`` that training can work with.
 
     Raises:
         UserError: the first that is not.
@@ -113,6 +114,7 @@ def check_schedule(cfg: CfgNode) -> None:
             f"INPUT.MIN_SIZE_TRAIN is {sizes}: expected one or more numbers of pixels; set it so."
         )
     check_average(cfg)
+    check_best(cfg)
 
 
 def keys_with_value(cfg: CfgNode, value: object, prefix: str = "") -> Iterator[str]:

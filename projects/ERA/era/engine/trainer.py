@@ -31,7 +31,14 @@ from era.data.pictures import BadTestPictures, WatchedLoader
 from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
 from era.data.unlabeled import build_mixed_loader
 from era.engine.bad_step import keep_bad_step
-from era.engine.ema import AveragingCheckpointer, UpdateAverage, average_of, averaged
+from era.engine.best import Enough, insert_after_best
+from era.engine.ema import (
+    AveragingCheckpointer,
+    UpdateAverage,
+    WeightAverage,
+    average_of,
+    averaged,
+)
 from era.engine.evaluation import (
     DetectionEvaluator,
     build_test_loader,
@@ -86,6 +93,7 @@ class Trainer(DefaultTrainer):
     """
 
     keeps_bad_steps = True
+    average: WeightAverage | None = None
 
     def __init__(self, cfg: CfgNode):
         TrainerBase.__init__(self)  # DefaultTrainer's own __init__ cannot do CPU DDP
@@ -226,11 +234,21 @@ class Trainer(DefaultTrainer):
             raise keep_bad_step(e, self._trainer, folder, self.seed, updated=updated) from e
 
     def after_train(self) -> None:
-        """A run that had nothing left to do is where it was; what failed is not evaluated."""
+        """A run that had nothing left to do is where it was; what failed is not evaluated. One that has seen enough is
+        complete, and was evaluated just now."""
+        if isinstance(sys.exc_info()[1], Enough):
+            self.iter = self.max_iter = self.iter + 1
         self.iter = min(self.iter, max(self.max_iter, self.start_iter))
         if sys.exc_info()[0] is not None:
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
         super().after_train()
+
+    def train(self) -> dict | None:
+        """As DefaultTrainer; the last evaluation's metrics on the main process. It may end early (``TEST.PATIENCE``)."""
+        try:
+            return super().train()
+        except Enough:
+            return compat.last_evaluation(self)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks with checkpoints of this project's own, the best weights, the memory of a GPU, the
@@ -252,12 +270,15 @@ class Trainer(DefaultTrainer):
                 keep=cfg.SOLVER.CHECKPOINTS_KEPT,
             )
             ret = [self._checkpoints if isinstance(h, PeriodicCheckpointer) else h for h in ret]
+        best = None
         if comm.is_main_process() and not self.is_preparation:
             if metric := best_metric(cfg):
                 best = KeepBest(self.checkpointer, metric, resumed=lambda: self.start_iter > 0)
                 ret.insert(-1, best)  # after the evaluation, before the writers
             # Before the evaluation, which may find a picture that ends the run.
             ret.insert(place_of_evaluation(ret), SaveStudent())
+        if not self.is_preparation:
+            insert_after_best(ret, best, cfg)
         periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
         return [CheckWeights(periods), *ret]
 
