@@ -122,6 +122,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # The weights of the evaluation with the highest value of this stay in model_best.pth: bbox/AP, segm/AP or another
     # name in metrics.json, without the set's; of the first of DATASETS.TEST. "" = none; only with TEST.EVAL_PERIOD.
     _C.TEST.BEST_METRIC = "bbox/AP"
+    # At every evaluation also the student's own losses on DATASETS.TEST, as validation/loss_* and validation/total_loss:
+    # a pass over the test sets more.
+    _C.TEST.LOSS = False
     # Training ends, as after its last iteration, when so many evaluations in a row were not better than the best by
     # BEST_METRIC. 0 = it does not.
     _C.TEST.PATIENCE = 0

@@ -66,6 +66,7 @@ from era.engine.resume import (
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
+from era.engine.validation_loss import validation_losses
 from era.engine.watch import watch_of
 from era.modeling.distiller import Distiller
 from era.modeling.roi_align import gather_roi_align
@@ -337,6 +338,8 @@ class Trainer(DefaultTrainer):
             if self._checkpoints and self.iter < self.max_iter:  # else it was saved already
                 self._checkpoints.write(self.iter)
             raise
+        if cfg.TEST.LOSS:
+            results["validation"] = validation_losses(cfg, self.bare_model)
         if cfg.TEST.EVAL_TEACHER and isinstance(self.bare_model, Distiller):
             if self._teacher_results is None:
                 self._teacher_results = evaluate_teacher(cfg, self.bare_model)
