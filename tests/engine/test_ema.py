@@ -14,7 +14,12 @@ from era.engine import trainer as trainer_module
 from era.engine.ema import WeightAverage, averaged_tensors, read_state
 from era.engine.evaluation import evaluate
 from era.engine.launch import argument_parser
-from era.engine.preflight import build_for_evaluation, check_data, setup_config
+from era.engine.preflight import (
+    build_for_evaluation,
+    build_for_training,
+    check_data,
+    setup_config,
+)
 from era.engine.room import room_for
 from era.engine.schedule import scale_to_world
 from era.engine.trainer import Trainer
@@ -276,6 +281,11 @@ def test_an_average_of_another_form_is_refused(tiny_data, tmp_path, spoil, told)
     with pytest.raises(UserError, match=told) as refused:
         train([*args, "SOLVER.MAX_ITER", "2"], resume=True)
     assert str(path) in str(refused.value)
+    cfg = setup_config(argument_parser().parse_args(args))
+    with pytest.raises(
+        UserError, match=told
+    ):  # before anything is written, with MODEL.EMA or without
+        build_for_training(cfg, resume=True)
 
 
 def test_a_negative_number_of_updates_is_refused():

@@ -26,7 +26,7 @@ from era.config import INHERIT_NOTHING, load_config, student_config, validate_co
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.data.unlabeled import check_unlabeled
 from era.engine.best import check_best
-from era.engine.ema import check_average
+from era.engine.ema import AveragingCheckpointer, check_average
 from era.engine.room import check_room
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
@@ -189,7 +189,7 @@ def build_for_training(cfg: CfgNode, *, resume: bool, processes: int = 1) -> tup
     cfg = _on_cpu(cfg)
     with _quiet("fvcore", "era"):  # the run itself will say all of it again
         model = build_model_of(cfg)
-        checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, settings=settings)
+        checkpointer = AveragingCheckpointer(model, cfg.OUTPUT_DIR, settings=settings, average=None)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         if not (resume and checkpointer.has_checkpoint()):
             check_start(cfg, model, checkpointer)
