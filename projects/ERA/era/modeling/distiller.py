@@ -287,7 +287,7 @@ def check_inheritance(cfg: CfgNode, student: Detector, teacher: Detector) -> Non
     value = cfg.MODEL.DISTILLER.INIT_STUDENT
     reason = f"MODEL.DISTILLER.INIT_STUDENT {value}"
     teacher.check_judge(student, reason)
-    student.check_equal_heads(teacher, fpn=value != INHERIT_HEADS, reason=reason)
+    student.check_inherits(teacher, fpn=value != INHERIT_HEADS, reason=reason)
 
 
 @contextmanager

@@ -7,20 +7,23 @@ from dataclasses import fields
 
 from detectron2.config import CfgNode
 
+from era.config import student_config
 from era.methods.base import Method
 from era.methods.era.config import (
     ALL_ESTIMATES,
+    ALL_STAGES,
     ALWAYS,
     BY_JUDGE,
     BY_TEACHER,
     ENDS,
+    FIRST_STAGE,
     RAW,
     ROI_WEIGHTS,
 )
 from era.methods.era.fast import Levers
-from era.modeling.detectors import Detector
+from era.modeling.detectors import Detector, known_family
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
-from era.modeling.teacher import Teacher
+from era.modeling.teacher import Teacher, teacher_config
 
 Builder = Callable[[CfgNode, Detector, Teacher], Method]
 MIMIC = (
@@ -91,6 +94,10 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         found["without soft judges"] = with_keys(*NO_SOFT)
     if era.NUM_BRANCHES > 1 and era.TWI.ESTIMATES == ALL_ESTIMATES:
         found["e_0 and e_N judged alone"] = with_keys("TWI.ESTIMATES", ENDS)
+    family = known_family(student_config(teacher_config(cfg)))
+    has_stages = family is not None and family.first_stage is not Detector.first_stage
+    if has_stages and era.TWI.STAGES == ALL_STAGES:
+        found["the first stage judges alone"] = with_keys("TWI.STAGES", FIRST_STAGE)
     if era.STANDARDIZE == RAW:
         found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
     else:

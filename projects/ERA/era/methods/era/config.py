@@ -17,6 +17,7 @@ RAW, BY_TEACHER = "none", "teacher"  # MODEL.ERA.STANDARDIZE
 EVEN, BY_JUDGE = "none", "teacher"  # MODEL.ERA.POSITION_WEIGHT
 IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
 ALL_ESTIMATES, ENDS = "all", "ends"  # MODEL.ERA.TWI.ESTIMATES
+ALL_STAGES, FIRST_STAGE = "all", "first"  # MODEL.ERA.TWI.STAGES
 
 # The losses at the ROI feature, and the keys of their weights in MODEL.ERA.ROI.
 ROI_WEIGHTS = {
@@ -33,6 +34,7 @@ NEUTRAL = {
     "MODEL.ERA.ZERO_START": False,
     "MODEL.ERA.POSITION_WEIGHT": EVEN,
     "MODEL.ERA.TWI.ESTIMATES": ALL_ESTIMATES,
+    "MODEL.ERA.TWI.STAGES": ALL_STAGES,
     **{f"MODEL.ERA.ROI.{key}": 0.0 for key in ROI_WEIGHTS.values()},
     "MODEL.ERA.ROI.NUM_BRANCHES": 4,
     "MODEL.ERA.ROI.SCALES": [1.0, 0.5, 0.25, 0.125],
@@ -97,6 +99,9 @@ def add_config(cfg: CfgNode) -> None:
     # Which estimates the heads judge, hard and soft: all, e_0..e_N with the weights above; or the ends, e_0 and e_N,
     # the latter with all of sum_i s_i / N, at the cost of two estimates whatever N.
     _C.MODEL.ERA.TWI.ESTIMATES = ALL_ESTIMATES
+    # Of a teacher with a cascade of box heads, which judge: all, each on the boxes that it would see, the mean of what they
+    # say; or the first, on the sampled proposals. One and the same where there is one head.
+    _C.MODEL.ERA.TWI.STAGES = ALL_STAGES
     # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
     _C.MODEL.ERA.TWI.SOFT_POSITIONS = SAMPLED_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
@@ -174,6 +179,7 @@ def check_config(cfg: CfgNode) -> None:
         ("STANDARDIZE", era.STANDARDIZE, (RAW, BY_TEACHER)),
         ("POSITION_WEIGHT", era.POSITION_WEIGHT, (EVEN, BY_JUDGE)),
         ("TWI.ESTIMATES", era.TWI.ESTIMATES, (ALL_ESTIMATES, ENDS)),
+        ("TWI.STAGES", era.TWI.STAGES, (ALL_STAGES, FIRST_STAGE)),
         ("TWI.SOFT_POSITIONS", era.TWI.SOFT_POSITIONS, (ALL_POSITIONS, SAMPLED_POSITIONS)),
         ("NORM", era.NORM, NORMS),
         ("ROI.NORM", era.ROI.NORM, NORMS),

@@ -61,6 +61,7 @@ class ERA(Method):
         weights_positions: weight positions in feature and residual losses by the teacher's
             :meth:`~era.modeling.detectors.Detector.foreground`.
         judges_ends: judge ``e_0`` and ``e_N`` alone instead of every estimate.
+        first_stage_judges: of a cascade of the teacher's box heads the first alone judges.
         roi: ERA at the ROI feature, beside the maps; None for none.
         soft_positions: where the soft judgements of dense heads look, ``all`` or ``sampled``.
     """
@@ -92,6 +93,7 @@ class ERA(Method):
         deviation: TeacherDeviation | None = None,
         weights_positions: bool = False,
         judges_ends: bool = False,
+        first_stage_judges: bool = False,
         soft_positions: str = ALL_POSITIONS,
         roi: roi_feature.RoiTerms | None = None,
     ):
@@ -108,8 +110,10 @@ class ERA(Method):
         self.roi = roi
         # in tuples: no submodules, so never saved, trained or wrapped
         self._teacher = (teacher,)
+        judge = teacher.detector
+        self._judge = (judge.first_stage() if first_stage_judges else judge,)
         self.judged_parts, softly = (
-            tuple(p for p in teacher.detector.parts if self.weights.get(f"{kind}_{p}", 0) > 0)
+            tuple(p for p in judge.parts if self.weights.get(f"{kind}_{p}", 0) > 0)
             for kind in ("twi", "soft")
         )
         self.soft = SoftJudges(softly, soft_positions, kd_temperature)
@@ -118,7 +122,7 @@ class ERA(Method):
         if fast:
             self.fast_terms = FastTerms(
                 estimator,
-                teacher.detector,
+                self._judge[0],
                 student,
                 self.judged_parts,
                 samples_per_image,
@@ -221,6 +225,7 @@ class ERA(Method):
             else None,
             "weights_positions": era.POSITION_WEIGHT == config.BY_JUDGE,
             "judges_ends": era.TWI.ESTIMATES == config.ENDS,
+            "first_stage_judges": era.TWI.STAGES == config.FIRST_STAGE,
             "soft_positions": era.TWI.SOFT_POSITIONS,
             "roi": roi_feature.from_config(cfg, student, judge),
         }
@@ -299,9 +304,9 @@ class ERA(Method):
         judged, judged_weights = cumulative, judge_weights(scales)
         if self.judges_ends and scales:
             judged, judged_weights = [cumulative[0], cumulative[-1]], ends(judged_weights)
-        for part in self.teacher.detector.parts:
+        for part in self._judge[0].parts:
             found = judgements(
-                self.teacher.detector,
+                self._judge[0],
                 part,
                 judged,
                 judged_weights,

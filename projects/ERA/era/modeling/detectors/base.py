@@ -77,6 +77,16 @@ class Detector(FurtherHeads, ABC):
         """Foreground classes."""
 
     @property
+    def family(self) -> type[Detector]:
+        """Whose form the heads have, for what needs two models of one form."""
+        return type(self)
+
+    def first_stage(self) -> Detector:
+        """This detector with the first of several heads that see a box one after the other (a cascade), as if the others
+        were not there; itself where there is one head."""
+        return self
+
+    @property
     def feature_shapes(self) -> dict[str, ShapeSpec]:
         """Channels and strides of the feature maps by level name."""
         return self.model.backbone.output_shape()
@@ -294,7 +304,7 @@ class Detector(FurtherHeads, ABC):
         Raises:
             UserError: names the first weight or setting that differs.
         """
-        if type(self) is not type(other):
+        if self.family is not other.family:
             raise UserError(
                 f"{reason} needs student and teacher of one family: the student is a "
                 f"{type(self).__name__}, the teacher a {type(other).__name__}; name another teacher."
@@ -326,12 +336,22 @@ class Detector(FurtherHeads, ABC):
             or (fpn and key.startswith("backbone.") and not key.startswith("backbone.bottom_up."))
         }
 
+    def check_inherits(self, teacher: Detector, *, fpn: bool, reason: str) -> None:
+        """:meth:`inherit` is possible; arguments and errors as of :meth:`check_equal_heads`."""
+        self.check_equal_heads(self._heir_to(teacher), fpn=fpn, reason=reason)
+
     @torch.no_grad()
     def inherit(self, teacher: Detector, *, fpn: bool) -> None:
-        """Copy the teacher's weights into the heads, and into the FPN if asked for."""
+        """Copy the teacher's weights into the heads, and into the FPN if asked for; of a teacher with a cascade of heads
+        those of its first stage, where this detector has one head."""
         own = self.inheritable(fpn=fpn)
-        for key, value in teacher.inheritable(fpn=fpn).items():
+        for key, value in self._heir_to(teacher).inheritable(fpn=fpn).items():
             own[key].copy_(value)
+
+    def _heir_to(self, teacher: Detector) -> Detector:
+        """The teacher, or its first stage where that alone is of this detector's form."""
+        first = teacher.first_stage()
+        return first if first.family is self.family else teacher
 
     # ---- inference -------------------------------------------------------------------------------
 

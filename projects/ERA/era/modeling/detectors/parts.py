@@ -25,7 +25,7 @@ class HeadPart(ABC):
     names: tuple[str, ...]
     channels: int | None
     dense: ClassVar[bool]
-    class_loss: ClassVar[str]
+    class_loss: str
     exclusive: bool
 
     @abstractmethod

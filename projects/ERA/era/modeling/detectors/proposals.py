@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 FOREGROUND_PART = 0.75  # of the proposals that are taken, at most so many are foreground
@@ -48,6 +48,18 @@ class ProposalSample:
     proposals: list[Instances]
     rows: Tensor
     strata: list[Stratum]
+
+    def rows_of(self, proposals: list[Instances]) -> list[Instances]:
+        """The sample's rows of what a cascade made of all of the step's proposals, one an image, boxes alone."""
+        if sum(map(len, proposals)) == len(self.rows):
+            return proposals
+        boxes = torch.cat([own.proposal_boxes.tensor for own in proposals])[self.rows]
+        found = []
+        for own, part in zip(
+            self.proposals, boxes.split([len(x) for x in self.proposals]), strict=True
+        ):
+            found.append(Instances(own.image_size, proposal_boxes=Boxes(part)))
+        return found
 
 
 def split(count: int, foreground: int, background: int) -> tuple[int, int]:

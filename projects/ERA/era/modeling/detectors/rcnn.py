@@ -11,25 +11,26 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import ImageList, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
-from era.modeling.detectors.proposals import ProposalSample
-from era.modeling.detectors.rcnn_heads import RCNNFurtherHeads
+from era.modeling.detectors.rcnn_heads import BoxStage, RCNNFurtherHeads
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
     RCNNRecording,
     by_anchor,
     roi_task_losses,
+    rpn_loss,
     rpn_task_losses,
+    sample_loss,
 )
 from era.modeling.detectors.rcnn_parts import HeadPart, parts_of
 from era.modeling.detectors.rcnn_record import recorded
 from era.modeling.detectors.rcnn_soft import (
+    StageTargets,
     predict_anchors_at,
     soft_anchor_losses,
     soft_proposal_losses,
@@ -84,16 +85,31 @@ class RCNN(RCNNFurtherHeads, Detector):
             )
 
     def _has_plain_heads(self) -> bool:
-        roi_heads = self.model.roi_heads
         return (
             isinstance(self.model.proposal_generator, RPN)
-            and isinstance(roi_heads, StandardROIHeads)
-            and isinstance(roi_heads.box_predictor, FastRCNNOutputLayers)
+            and isinstance(self.model.roi_heads, StandardROIHeads)
+            and all(isinstance(s.predictor, FastRCNNOutputLayers) for s in self.box_stages)
         )
 
     def _describe_heads(self) -> str:
         parts = (self.model.proposal_generator, self.model.roi_heads)
         return " and ".join(type(part).__name__ for part in parts)
+
+    @property
+    def box_stages(self) -> list[BoxStage]:
+        """The box heads with their predictors, in the order in which they see a box: one."""
+        heads = self.model.roi_heads
+        return [BoxStage(heads.box_head, heads.box_predictor)]
+
+    @property
+    def box_head(self) -> nn.Module:
+        """The box head that sees the sampled proposals."""
+        return self.box_stages[0].head
+
+    @property
+    def box_predictor(self) -> FastRCNNOutputLayers:
+        """Its predictor."""
+        return self.box_stages[0].predictor
 
     @property
     def num_classes(self) -> int:
@@ -140,18 +156,30 @@ class RCNN(RCNNFurtherHeads, Detector):
         """Of the box head, if it ends in fully connected layers (``MODEL.ROI_BOX_HEAD.FC_DIM``)."""
         if not self._has_plain_heads():
             return None
-        shape = self.model.roi_heads.box_head.output_shape
+        shape = self.box_head.output_shape
         return shape.channels if shape.height is None else None
 
     def vectors(self, features: dict[str, Tensor], samples: list[Instances]) -> Tensor:
         """What the box head makes of each proposal."""
-        heads = self.model.roi_heads
-        maps = [features[level] for level in heads.box_in_features]
-        return heads.box_head(heads.box_pooler(maps, [own.proposal_boxes for own in samples]))
+        return self.box_head(self.box_features(features, samples))
 
     def predict_vectors(self, vectors: Tensor) -> Predictions:
         """Of the box predictor."""
-        return Predictions(*map(at_least_float32, self.model.roi_heads.box_predictor(vectors)))
+        return Predictions(*map(at_least_float32, self.box_predictor(vectors)))
+
+    def box_features(self, features: dict[str, Tensor], samples: list[Instances]) -> Tensor:
+        """What the box pooler makes of each proposal, (R, C, P, P)."""
+        heads = self.model.roi_heads
+        maps = [features[level] for level in heads.box_in_features]
+        return heads.box_pooler(maps, [own.proposal_boxes for own in samples])
+
+    def predict_stage(
+        self, stage: int, features: dict[str, Tensor], samples: list[Instances]
+    ) -> Predictions:
+        """As :meth:`predict`, of one of ``box_stages``."""
+        head, predictor = self.box_stages[stage]
+        output = predictor(head(self.box_features(features, samples)))
+        return Predictions(*map(at_least_float32, output))
 
     def predict_anchors(self, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits (B, H * W * A) and anchor deltas (B, H * W * A, 4) of the RPN's head, one each a
@@ -162,7 +190,10 @@ class RCNN(RCNNFurtherHeads, Detector):
     def task_losses(self, recording: RCNNRecording) -> dict[str, TaskLoss]:
         """``loss_rpn_cls`` and ``loss_rpn_loc`` over sampled anchors, ``loss_cls`` and ``loss_box_reg`` over sampled
         proposals. Masks, keypoints and federated class losses cannot be weighted by sample."""
-        return rpn_task_losses(self.model, recording) | roi_task_losses(self.model, recording)
+        of_proposals = roi_task_losses(
+            self.box_predictor, recording.predictions, recording.proposals
+        )
+        return rpn_task_losses(self.model, recording) | of_proposals
 
     def _check_plain_heads(self, student: Detector, reason: str) -> None:
         if not isinstance(student, RCNN) or not self._has_plain_heads():
@@ -175,7 +206,7 @@ class RCNN(RCNNFurtherHeads, Detector):
         """Plain heads, and ``MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE`` False; federated losses need it True."""
         self._check_plain_heads(student, reason)
         for who, detector in (("student", student), ("teacher", self)):
-            if detector.model.roi_heads.box_predictor.use_sigmoid_ce:
+            if detector.box_predictor.use_sigmoid_ce:
                 raise UserError(
                     f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True in the {who}: {reason} needs a softmax over classes and "
                     "background in both models; choose models trained with one (USE_SIGMOID_CE and USE_FED_LOSS "
@@ -204,31 +235,13 @@ class RCNN(RCNNFurtherHeads, Detector):
         """``rpn``: Detectron2's objectness and anchor-delta losses on the student's sampled anchors, per
         anchor that the STUDENT samples. ``roi``: class and box losses on its sampled proposals."""
         if part == "rpn":
-            rpn = self.model.proposal_generator
-            logits, deltas = self.predict_anchors(features)
-            with _statistics_apart():
-                losses = rpn.losses(
-                    recording.anchors, logits, recording.anchor_labels, deltas, recording.anchor_boxes
-                )  # fmt: skip
-            return sum(losses.values()) * (rpn.batch_size_per_image / recording.anchors_per_image)
+            return rpn_loss(self.model, self.predict_anchors(features), recording)
         sample = recording.sample(samples_per_image)
-        return self._sample_loss(self.predict(features, sample.proposals), sample)
-
-    def _sample_loss(self, predictions: Predictions, sample: ProposalSample) -> Tensor:
-        """Detectron2's class and box losses, stratum by stratum."""
-        if not sample.strata:  # no proposal at all
-            return sum(x.sum() * 0 for x in predictions)
-        total = 0.0
-        for stratum in sample.strata:
-            own = tuple(x[stratum.indices] for x in predictions)
-            with _statistics_apart():
-                losses = self.model.roi_heads.box_predictor.losses(own, stratum.proposals)
-            total = total + stratum.share * sum(losses.values())
-        return total
+        return sample_loss(self.box_predictor, self.predict(features, sample.proposals), sample)
 
     def prediction_loss(self, predictions: Predictions, recording: RCNNRecording) -> Tensor:
         """Class and box losses."""
-        return self._sample_loss(predictions, recording.sample(0))
+        return sample_loss(self.box_predictor, predictions, recording.sample(0))
 
     def soft_prediction_loss(
         self, predictions: Predictions, targets: Predictions, temperature: float
@@ -236,8 +249,8 @@ class RCNN(RCNNFurtherHeads, Detector):
         """The mean of :func:`soft_proposal_losses`; 0, connected to the graph, of no proposal."""
         if len(predictions.class_logits) == 0:
             return sum(x.sum() * 0 for x in predictions)
-        head, own = self.model.roi_heads.box_predictor, (x[None] for x in predictions)
-        return soft_proposal_losses(head, *own, targets, temperature).mean()
+        own = (x[None] for x in predictions)
+        return soft_proposal_losses(self.box_predictor, *own, targets, temperature).mean()
 
     @torch.no_grad()
     def soft_targets(
@@ -253,6 +266,10 @@ class RCNN(RCNNFurtherHeads, Detector):
         if part == "rpn":
             return predict_anchors_at(self, features, recording, positions)
         return self.predict(features, recording.samples)
+
+    def soft_stages(self, targets: Predictions, recording: RCNNRecording) -> list[StageTargets]:
+        """What each of ``box_stages`` is to say, and of which proposals, out of :meth:`soft_targets` of ``roi``."""
+        return [StageTargets(recording.proposals, targets)]
 
     def soft_head_loss(
         self,
@@ -291,10 +308,10 @@ class RCNN(RCNNFurtherHeads, Detector):
 
     def coder_settings(self) -> dict[str, tuple]:
         """Box coders of the RPN and of the box head."""
-        rpn, predictor = self.model.proposal_generator, self.model.roi_heads.box_predictor
+        rpn, coder = self.model.proposal_generator, self.box_predictor.box2box_transform
         return {
             "MODEL.RPN.BBOX_REG_WEIGHTS": tuple(rpn.box2box_transform.weights),
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": tuple(predictor.box2box_transform.weights),
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": tuple(coder.weights),
         }
 
     def detect(self, batched_inputs: list[dict], do_postprocess: bool = True) -> list:
@@ -308,8 +325,8 @@ class RCNN(RCNNFurtherHeads, Detector):
 
     @property
     def thresholds(self) -> dict[str, float | int]:
-        """Test settings of the box head."""
-        predictor = self.model.roi_heads.box_predictor
+        """Test settings of the box head that detects."""
+        predictor = self.box_stages[-1].predictor
         return {
             "score_threshold": predictor.test_score_thresh,
             "nms_threshold": predictor.test_nms_thresh,
@@ -318,7 +335,8 @@ class RCNN(RCNNFurtherHeads, Detector):
 
     def set_score_threshold(self, value: float) -> None:
         """``MODEL.ROI_HEADS.SCORE_THRESH_TEST``."""
-        self.model.roi_heads.box_predictor.test_score_thresh = value
+        for stage in self.box_stages:
+            stage.predictor.test_score_thresh = value
 
     def blended(
         self, teacher: RCNN, estimate: Callable[[dict, Tensor], dict], alpha: float
@@ -333,7 +351,7 @@ class RCNN(RCNNFurtherHeads, Detector):
                 "the student has a mask or keypoint head, and a model with the teacher's heads gives boxes "
                 "alone: set MODEL.MASK_ON and MODEL.KEYPOINT_ON False with weights that have no such heads."
             )
-        return rcnn_with_heads(self.model, teacher.model, backbone)
+        return rcnn_with_heads(self, teacher, backbone)
 
 
 def _equal_anchors(own, other) -> bool:
@@ -341,10 +359,3 @@ def _equal_anchors(own, other) -> bool:
         a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
         for a, b in zip(own, other, strict=True)
     )
-
-
-@contextmanager
-def _statistics_apart():
-    """Keep the statistics that Detectron2's loss functions log apart from the student's own."""
-    with get_event_storage().name_scope("teacher_heads"):
-        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -24,6 +25,13 @@ from torch import Tensor, nn
 from era.losses import at_least_float32
 from era.modeling.detectors.further_heads import FurtherHeads, NewBoxHead
 from era.modeling.detectors.recording import KeypointSamples, Predictions, Recording
+
+
+class BoxStage(NamedTuple):
+    """A box head, from (R, C, P, P) to vectors (R, D), and the predictor that reads these."""
+
+    head: nn.Module
+    predictor: FastRCNNOutputLayers
 
 
 class BoxHead(NewBoxHead):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from detectron2.modeling import Backbone, GeneralizedRCNN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from era import compat
@@ -22,7 +22,8 @@ class BlendedRCNN:
     """Student backbone and FPN, then predictions ``(1 - alpha) * student's + alpha * teacher's heads``.
 
     RPN logits and deltas are blended before proposals are chosen, ROI class logits and box deltas before
-    detections are; anchors, proposals and box coders are common. Thresholds and top-k counts are the
+    detections are; anchors, proposals and box coders are common. Of a cascade each stage's are blended, on the boxes
+    that the blended ones of the stage before give. Thresholds and top-k counts are the
     student's. At alpha 1 the student's heads are not run, and masks and keypoints, if any, come from the
     student on the final boxes.
 
@@ -81,13 +82,20 @@ class BlendedRCNN:
         )
 
     def _detections(self, inputs: dict[bool, dict], proposals: list[Instances]) -> list[Instances]:
-        own = self.student.model.roi_heads.box_predictor
-        outputs = [judge.predict(inputs[est], proposals) for _, judge, est in self.judges]
-        predictions = tuple(self._blend(parts) for parts in zip(*outputs, strict=True))
-        coder = self.judges[0][1].model.roi_heads.box_predictor
+        own = self.student.box_stages[-1].predictor
+        teacher, by_stage, boxes = self.judges[0][1], [], []
+        for stage, (_, predictor) in enumerate(teacher.box_stages):
+            if stage > 0:
+                proposals = proposals_from(boxes, proposals)
+            outputs = [
+                judge.predict_stage(stage, inputs[est], proposals) for _, judge, est in self.judges
+            ]
+            predictions = tuple(self._blend(parts) for parts in zip(*outputs, strict=True))
+            boxes = predictor.predict_boxes(predictions, proposals)
+            by_stage.append(predictor.predict_probs(predictions, proposals))
         results, _ = fast_rcnn_inference(
-            coder.predict_boxes(predictions, proposals),
-            coder.predict_probs(predictions, proposals),
+            boxes,
+            [sum(scores) * (1.0 / len(by_stage)) for scores in zip(*by_stage, strict=True)],
             [p.image_size for p in proposals],
             own.test_score_thresh,
             own.test_nms_thresh,
@@ -105,32 +113,48 @@ class BlendedRCNN:
         )
 
 
-def rcnn_with_heads(
-    student: GeneralizedRCNN, teacher: GeneralizedRCNN, backbone: Backbone
-) -> GeneralizedRCNN:
+def proposals_from(boxes: Sequence[Tensor], proposals: Sequence[Instances]) -> list[Instances]:
+    """What the next stage of a cascade sees: the boxes that a stage decoded out of its proposals, cut to their image,
+    without gradient; rows stay.
+
+    Args:
+        boxes: (R, 4) an image.
+        proposals: the stage's own, for the sizes of the images.
+    """
+    found = []
+    for own, before in zip(boxes, proposals, strict=True):
+        clipped = Boxes(own.detach())
+        clipped.clip(before.image_size)
+        found.append(Instances(before.image_size, proposal_boxes=clipped))
+    return found
+
+
+def rcnn_with_heads(student: RCNN, teacher: RCNN, backbone: Backbone) -> GeneralizedRCNN:
     """A box detector in eval mode of a backbone and copies of the teacher's heads.
 
     It computes what :class:`BlendedRCNN` computes at alpha 1 where the backbone gives the estimate. The
     heads get the student's test settings, the model the student's preprocessing.
     """
-    rpn = copy.deepcopy(teacher.proposal_generator)
-    own = student.proposal_generator
+    rpn = copy.deepcopy(teacher.model.proposal_generator)
+    own = student.model.proposal_generator
     rpn.nms_thresh, rpn.min_box_size = own.nms_thresh, own.min_box_size
     rpn.pre_nms_topk, rpn.post_nms_topk = dict(own.pre_nms_topk), dict(own.post_nms_topk)
-    roi_heads = copy.deepcopy(teacher.roi_heads)
+    roi_heads = copy.deepcopy(teacher.model.roi_heads)
     for head in ("mask", "keypoint"):  # a Mask R-CNN may teach; its boxes are what is used
         setattr(roi_heads, f"{head}_on", False)
         for part in ("in_features", "pooler", "head"):
             if hasattr(roi_heads, f"{head}_{part}"):
                 delattr(roi_heads, f"{head}_{part}")
-    for key in ("test_score_thresh", "test_nms_thresh", "test_topk_per_image"):
-        setattr(roi_heads.box_predictor, key, getattr(student.roi_heads.box_predictor, key))
     model = GeneralizedRCNN(
         backbone=backbone,
         proposal_generator=rpn,
         roi_heads=roi_heads,
-        pixel_mean=student.pixel_mean.flatten().tolist(),
-        pixel_std=student.pixel_std.flatten().tolist(),
-        input_format=student.input_format,
+        pixel_mean=student.model.pixel_mean.flatten().tolist(),
+        pixel_std=student.model.pixel_std.flatten().tolist(),
+        input_format=student.model.input_format,
     )
+    settings = student.box_stages[-1].predictor
+    for stage in type(teacher)(model).box_stages:
+        for key in ("test_score_thresh", "test_nms_thresh", "test_topk_per_image"):
+            setattr(stage.predictor, key, getattr(settings, key))
     return model.requires_grad_(False).eval()

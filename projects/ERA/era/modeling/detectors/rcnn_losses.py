@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn import functional as F
 
 from era.losses import at_least_float32
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, sample_proposals
-from era.modeling.detectors.recording import Recording, TaskLoss
+from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 
 @dataclass
@@ -52,7 +56,7 @@ class RCNNRecording(Recording):
     @property
     def classes(self) -> Tensor:
         """``gt_classes`` of the sampled proposals, all images one after the other."""
-        return torch.cat([own.gt_classes for own in self.proposals])
+        return classes_of(self.proposals)
 
     @property
     def sampled_anchors(self) -> Tensor:
@@ -86,17 +90,24 @@ def rpn_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[st
     }  # fmt: skip
 
 
-def roi_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[str, TaskLoss]:
-    """``loss_cls`` over sampled proposals (left out where it is federated), ``loss_box_reg`` over those of them
-    that are objects."""
-    predictor = model.roi_heads.box_predictor
-    logits, deltas = (at_least_float32(x) for x in recording.predictions)
-    classes = recording.classes
+def roi_task_losses(
+    predictor: FastRCNNOutputLayers, predictions: Predictions, proposals: list[Instances]
+) -> dict[str, TaskLoss]:
+    """``loss_cls`` over proposals (left out where it is federated), ``loss_box_reg`` over those of them that are
+    objects.
+
+    Args:
+        predictor: of the student, for its settings.
+        predictions: what it said of them, with gradient.
+        proposals: with ``gt_classes`` (and ``gt_boxes`` if any), one an image.
+    """
+    logits, deltas = (at_least_float32(x) for x in predictions)
+    classes = classes_of(proposals)
     rows, normaliser = torch.arange(len(classes), device=classes.device), max(len(classes), 1)
     scale, losses = predictor.loss_weight, {}
     if not predictor.use_fed_loss:
         if predictor.use_sigmoid_ce:
-            truth = F.one_hot(classes, recording.num_classes + 1)[:, :-1].to(logits.dtype)
+            truth = F.one_hot(classes, predictor.num_classes + 1)[:, :-1].to(logits.dtype)
             values = F.binary_cross_entropy_with_logits(
                 logits[:, :-1], truth, reduction="none"
             ).sum(1)
@@ -104,8 +115,8 @@ def roi_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[st
             values = F.cross_entropy(logits, classes, reduction="none")
         values = scale.get("loss_cls", 1.0) * values
         losses["loss_cls"] = TaskLoss(values, normaliser, rows)
-    objects = (classes < recording.num_classes).nonzero(as_tuple=True)[0]
-    boxes, matched = boxes_and_truth(recording.proposals)
+    objects = (classes < predictor.num_classes).nonzero(as_tuple=True)[0]
+    boxes, matched = boxes_and_truth(proposals)
     location = box_losses(
         predictor,
         boxes[objects],
@@ -117,12 +128,84 @@ def roi_task_losses(model: GeneralizedRCNN, recording: RCNNRecording) -> dict[st
     return losses
 
 
+def sample_loss(
+    predictor: FastRCNNOutputLayers,
+    predictions: Predictions,
+    sample: ProposalSample,
+    instead: list[Instances] | None = None,
+) -> Tensor:
+    """Detectron2's class and box losses of a part of a step's proposals that stands for all, stratum by stratum.
+
+    Args:
+        predictor: for its loss settings.
+        predictions: row by row of the sample.
+        instead: what a cascade made of the sample's proposals, row by row, with classes and boxes of their own; those
+            without area are left out, as in Detectron2's training.
+
+    Returns:
+        Scalar; 0, connected to the graph, of no proposal.
+    """
+    if not sample.strata:
+        return sum(x.sum() * 0 for x in predictions)
+    joined = None if instead is None else _joined(instead)
+    total = 0.0
+    for stratum in sample.strata:
+        rows, proposals = stratum.indices, stratum.proposals
+        if joined is not None:
+            rows = rows[joined.proposal_boxes[rows].nonempty()]
+            proposals = [joined[rows]]
+        with _statistics_apart():
+            losses = predictor.losses(tuple(x[rows] for x in predictions), proposals)
+        total = total + stratum.share * sum(losses.values())
+    return total
+
+
+def _joined(proposals: Sequence[Instances]) -> Instances:
+    """Labelled proposals of all images as if they were of one."""
+    found = Instances((0, 0))
+    for name in ("proposal_boxes", "gt_boxes"):
+        found.set(name, Boxes.cat([own.get(name) for own in proposals]))
+    found.gt_classes = classes_of(proposals)
+    return found
+
+
+@contextmanager
+def _statistics_apart() -> Iterator[None]:
+    """Keep the statistics that Detectron2's loss functions log apart from the student's own."""
+    with get_event_storage().name_scope("teacher_heads"):
+        yield
+
+
+def rpn_loss(
+    model: GeneralizedRCNN, output: tuple[list[Tensor], list[Tensor]], recording: RCNNRecording
+) -> Tensor:
+    """Detectron2's objectness and anchor-delta losses of an RPN on the student's sampled anchors, per anchor that
+    the STUDENT samples.
+
+    Args:
+        model: whose RPN it is, for its loss settings.
+        output: as of :func:`by_anchor`.
+    """
+    rpn = model.proposal_generator
+    logits, deltas = output
+    with _statistics_apart():
+        losses = rpn.losses(
+            recording.anchors, logits, recording.anchor_labels, deltas, recording.anchor_boxes
+        )
+    return sum(losses.values()) * (rpn.batch_size_per_image / recording.anchors_per_image)
+
+
 def by_anchor(logits: list[Tensor], deltas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """An RPN head's maps, (B, A, H, W) and (B, 4A, H, W), in the order of its anchors, float32:
     (B, H * W * A) and (B, H * W * A, 4)."""
     logits = [at_least_float32(x.permute(0, 2, 3, 1).flatten(1)) for x in logits]
     deltas = [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in deltas]
     return logits, [at_least_float32(x) for x in deltas]
+
+
+def classes_of(proposals: Sequence[Instances]) -> Tensor:
+    """``gt_classes`` of proposals, (R,), all images one after the other."""
+    return torch.cat([own.gt_classes for own in proposals])
 
 
 def boxes_and_truth(proposals: list[Instances]) -> tuple[Tensor, Tensor]:

@@ -192,10 +192,10 @@ class ROIPart(HeadPart):
 
     def __init__(self, detector: RCNN):
         self.detector = detector
-        heads = detector.model.roi_heads
-        self.exclusive = not heads.box_predictor.use_sigmoid_ce
-        can_be_cut = isinstance(heads.box_head, FastRCNNConvFCHead) and heads.box_head.fcs
-        self.channels = heads.box_head.fc1.out_features if can_be_cut else None
+        head = detector.box_head
+        self.exclusive = not detector.box_predictor.use_sigmoid_ce
+        can_be_cut = isinstance(head, FastRCNNConvFCHead) and head.fcs
+        self.channels = head.fc1.out_features if can_be_cut else None
 
     def own_hidden(self, recording: RCNNRecording) -> dict[str, Tensor]:
         """(R, C) of the student's sampled proposals."""
@@ -203,10 +203,8 @@ class ROIPart(HeadPart):
 
     def hidden(self, features: dict[str, Tensor], recording: RCNNRecording) -> dict[str, Tensor]:
         """(R, C) of the student's sampled proposals, pooled from the given maps."""
-        heads = self.detector.model.roi_heads
-        maps = [features[level] for level in heads.box_in_features]
-        value = heads.box_pooler(maps, [own.proposal_boxes for own in recording.proposals])
-        for name, layer in heads.box_head.named_children():
+        value = self.detector.box_features(features, recording.proposals)
+        for name, layer in self.detector.box_head.named_children():
             value = layer(value)
             if name == "fc1":
                 break
@@ -215,7 +213,7 @@ class ROIPart(HeadPart):
     def predict_hidden(self, hidden: dict[str, Tensor]) -> Predictions:
         """Of the layers after ``fc1`` and of the box predictor."""
         (value,) = hidden.values()
-        layers = list(self.detector.model.roi_heads.box_head.named_children())
+        layers = list(self.detector.box_head.named_children())
         for _, layer in layers[[name for name, _ in layers].index("fc1") + 1 :]:
             value = layer(value)
         return self.detector.predict_vectors(value)
@@ -229,7 +227,7 @@ class ROIPart(HeadPart):
     ) -> dict[str, Tensor]:
         """:func:`cross_proposal_losses`."""
         proposals = torch.cat([own.proposal_boxes.tensor for own in recording.proposals])
-        predictor = self.detector.model.roi_heads.box_predictor
+        predictor = self.detector.box_predictor
         return cross_proposal_losses(predictor, predictions, targets, proposals, temperature)
 
     def own_logits(self, recording: RCNNRecording) -> Tensor:
@@ -238,7 +236,7 @@ class ROIPart(HeadPart):
 
     def truth(self, recording: RCNNRecording) -> Tensor:
         """The class of a proposal, the last is background."""
-        return torch.cat([own.gt_classes for own in recording.proposals])
+        return recording.classes
 
     @torch.no_grad()
     def mirrored_logits(

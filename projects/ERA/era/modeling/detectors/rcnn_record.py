@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def recorded(detector: RCNN) -> Iterator[RCNNRecording]:
+def recorded(detector: RCNN, kind: type[RCNNRecording] = RCNNRecording) -> Iterator[RCNNRecording]:
     """:meth:`Detector.record`: forward hooks and one wrapped method (the RPN's public ``label_and_sample_anchors``) are put on at
-    entry and taken off at exit."""
+    entry and taken off at exit. Of a cascade it is the first stage that is watched.
+
+    Args:
+        kind: of the recording.
+    """
     model = detector.model
     rpn, roi_heads = model.proposal_generator, model.roi_heads
-    recording = RCNNRecording(
-        anchors_per_image=rpn.batch_size_per_image, num_classes=detector.num_classes
-    )
+    recording = kind(anchors_per_image=rpn.batch_size_per_image, num_classes=detector.num_classes)
 
     def on_rpn_input(_module, args):
         recording.images, recording.features, recording.targets = args
@@ -40,7 +42,8 @@ def recorded(detector: RCNN) -> Iterator[RCNNRecording]:
         recording.proposals = output[0]
 
     def on_pooler(_module, _args, output):
-        recording.roi_features = output
+        if recording.roi_features is None:  # later stages pool at boxes of their own
+            recording.roi_features = output
 
     def on_first_layer(_module, _args, output):
         recording.hidden = output
@@ -64,12 +67,12 @@ def recorded(detector: RCNN) -> Iterator[RCNNRecording]:
         rpn.rpn_head.register_forward_hook(on_rpn_head),
         roi_heads.register_forward_hook(on_roi_heads),
         roi_heads.box_pooler.register_forward_hook(on_pooler),
-        roi_heads.box_head.register_forward_hook(on_box_head),
-        roi_heads.box_predictor.register_forward_hook(on_predictor),
+        detector.box_head.register_forward_hook(on_box_head),
+        detector.box_predictor.register_forward_hook(on_predictor),
     ]
     if detector.stage_shapes:
         handles.append(model.backbone.bottom_up.register_forward_hook(on_stages))
-    for layer in getattr(roi_heads.box_head, "fcs", [])[:1]:
+    for layer in getattr(detector.box_head, "fcs", [])[:1]:
         handles.append(layer.register_forward_hook(on_first_layer))
     rpn.label_and_sample_anchors = label_and_keep
     try:

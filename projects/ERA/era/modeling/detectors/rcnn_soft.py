@@ -8,10 +8,11 @@ with a box term of the same kind. No loss weight of Detectron2 enters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,18 @@ from era.modeling.detectors.recording import SAMPLED_POSITIONS, Predictions
 
 if TYPE_CHECKING:
     from era.modeling.detectors.rcnn import RCNN
+
+
+class StageTargets(NamedTuple):
+    """What one box head is to say.
+
+    Attributes:
+        proposals: of what, one an image, row by row of the student's sampled ones.
+        targets: its outputs on ``F_T``, constants.
+    """
+
+    proposals: list[Instances]
+    targets: Predictions
 
 
 def predict_anchors_at(
@@ -117,19 +130,24 @@ def soft_roi_loss(
     temperature: float,
 ) -> Tensor:
     """Mean of :func:`soft_proposal_losses` on given maps, over a part of the student's sampled proposals that stands
-    for all (0 = all).
+    for all (0 = all), and over the box heads.
 
     Args:
-        target: on all of the step's sampled proposals.
+        target: :meth:`RCNN.soft_targets` on all of the step's sampled proposals.
     """
     sample = recording.sample(samples_per_image)
-    predictions = detector.predict(features, sample.proposals)
-    if not sample.strata:  # no proposal at all
-        return sum(x.sum() * 0 for x in predictions)
-    values = soft_proposal_losses(
-        detector.model.roi_heads.box_predictor,
-        *(x[None] for x in predictions),
-        Predictions(*(x[sample.rows] for x in target)),
-        temperature,
-    )[0]
-    return sum(stratum.share * values[stratum.indices].mean() for stratum in sample.strata)
+    stages, total = detector.soft_stages(target, recording), 0.0
+    for stage, (proposals, expected) in enumerate(stages):
+        predictions = detector.predict_stage(stage, features, sample.rows_of(proposals))
+        if not sample.strata:  # no proposal at all
+            total = total + sum(x.sum() * 0 for x in predictions)
+            continue
+        values = soft_proposal_losses(
+            detector.box_stages[stage].predictor,
+            *(x[None] for x in predictions),
+            Predictions(*(x[sample.rows] for x in expected)),
+            temperature,
+        )[0]
+        means = (stratum.share * values[stratum.indices].mean() for stratum in sample.strata)
+        total = total + sum(means)
+    return total / len(stages)

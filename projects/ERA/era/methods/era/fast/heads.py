@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Instances
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,12 +30,15 @@ from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.proposals import ProposalSample, Stratum
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.detectors.rcnn_losses import RCNNRecording, boxes_and_truth, deltas_of_class
-from era.modeling.detectors.rcnn_soft import soft_proposal_losses
+from era.modeling.detectors.rcnn_soft import StageTargets, soft_proposal_losses
 from era.modeling.detectors.recording import SAMPLED_POSITIONS, Predictions
 
 
 class FastHeads:
     """The teacher's heads on factored estimates, as far as their parts are known.
+
+    Of a cascade of box heads only the soft judgements are known: the boxes of its later stages are then one set for all
+    estimates, while against the ground truth each estimate makes its own.
 
     Args:
         judge: the teacher.
@@ -55,11 +59,12 @@ class FastHeads:
         self.judge = judge
         self.rpn = judge.model.proposal_generator
         self.roi_heads = judge.model.roi_heads
+        self.box_stages = judge.box_stages
         self.samples_per_image = samples_per_image
         self.soft = soft
         self.sparse_rpn = levers.sparse_rpn and knows_rpn_head(self.rpn)
-        self.stacked_roi = (
-            levers.stacked_roi and type(self.roi_heads.box_predictor) is FastRCNNOutputLayers
+        self.stacked_roi = levers.stacked_roi and all(
+            type(stage.predictor) is FastRCNNOutputLayers for stage in self.box_stages
         )
         self.reuses_pooling = levers.reuse_pooling and equal_poolers(
             student.model.roi_heads.box_pooler, self.roi_heads.box_pooler
@@ -73,15 +78,19 @@ class FastHeads:
         soft = ""
         if "rpn" in self.soft.parts and not self.knows_soft("rpn"):
             soft = "; soft RPN pass dense (as defined)"
+        if self.stacked_roi and not self.knows("roi"):
+            roi = f"stacked by stage ({len(self.box_stages)}), against the ground truth one by one (as defined)"
         return f"RPN pass {rpn}; ROI pass {roi}, e_0's pooling {pooling}{soft}"
 
     def knows(self, part: str) -> bool:
         """Whether this part of the heads has a fast path; the definition serves for the others."""
-        return {"rpn": self.sparse_rpn, "roi": self.stacked_roi}[part]
+        one_stage = len(self.box_stages) == 1
+        return {"rpn": self.sparse_rpn, "roi": self.stacked_roi and one_stage}[part]
 
     def knows_soft(self, part: str) -> bool:
         """Whether this part has a fast path for soft judgements: dense heads at sampled positions alone."""
-        return self.knows(part) and (part != "rpn" or self.soft.positions == SAMPLED_POSITIONS)
+        known = {"rpn": self.sparse_rpn, "roi": self.stacked_roi}
+        return known[part] and (part != "rpn" or self.soft.positions == SAMPLED_POSITIONS)
 
     def losses(
         self,
@@ -135,44 +144,72 @@ class FastHeads:
         hard: bool,
         target: dict[str, Tensor] | None,
     ) -> dict[str, Tensor]:
+        if target is None:
+            stages = [StageTargets(recording.proposals, None)]
+        else:
+            expected = self.judge.soft_targets("roi", target, recording)
+            stages = self.judge.soft_stages(expected, recording)
+        found = dict.fromkeys(
+            (n for n, on in (("twi", hard), ("soft", target is not None)) if on), 0.0
+        )
+        for stage, (proposals, expected) in enumerate(stages):
+            predictor = self.box_stages[stage].predictor
+            pooled = self._pooled(estimates, proposals, recording)
+            predictions = predictor(self.box_stages[stage].head(pooled))
+            predictions = [at_least_float32(x) for x in predictions]
+            groups = self._groups(predictions, weights, estimates.num_branches, recording)
+            if not groups:  # no proposal at all
+                nothing = sum(x.sum() * 0 for x in predictions)
+                found = {name: loss + nothing for name, loss in found.items()}
+                continue
+            if hard:
+                found["twi"] += sum(self._sample_loss(*group) for group in groups)
+            if target is not None:
+                losses = (self._soft_sample_loss(*group, expected, predictor) for group in groups)
+                found["soft"] += sum(losses) / len(stages)
+        return found
+
+    def _groups(
+        self,
+        predictions: list[Tensor],
+        weights: list[float],
+        branches: int,
+        recording: RCNNRecording,
+    ) -> list[tuple[list[Tensor], ProposalSample, list[float]]]:
+        """``e_0`` on all proposals and ``e_1..e_N`` on a part of them: predictions (E, R, ...), which proposals, and a
+        weight an estimate; empty for no proposal."""
         of_zeroth, of_others = recording.sample(0), recording.sample(self.samples_per_image)
-        pooled = self._pooled(estimates, of_zeroth, of_others, recording)
-        features = self.roi_heads.box_head(pooled)
-        predictions = [at_least_float32(x) for x in self.roi_heads.box_predictor(features)]
-        wanted = [name for name, on in {"twi": hard, "soft": target is not None}.items() if on]
-        if not of_zeroth.strata:  # no proposal at all
-            return {name: sum(x.sum() * 0 for x in predictions) for name in wanted}
-        count, branches = len(of_zeroth.rows), estimates.num_branches
+        if not of_zeroth.strata:
+            return []
+        count = len(of_zeroth.rows)
         groups = [([x[None, :count] for x in predictions], of_zeroth, weights[:1])]
         if branches > 0:
             others = [x[count:].unflatten(0, (branches, -1)) for x in predictions]
             groups.append((others, of_others, weights[1:]))
-        found = {}
-        if hard:
-            found["twi"] = sum(self._sample_loss(*group) for group in groups)
-        if target is not None:
-            expected = self.judge.soft_targets("roi", target, recording)
-            found["soft"] = sum(self._soft_sample_loss(*group, expected) for group in groups)
-        return found
+        return groups
 
     def _pooled(
         self,
         estimates: FactoredEstimates,
-        of_zeroth: ProposalSample,
-        of_others: ProposalSample,
+        proposals: list[Instances],
         recording: RCNNRecording,
     ) -> Tensor:
         """Pooled maps, (R + N * R', C_T, S, S): ``e_0`` on all R proposals, then every other estimate on the
-        R' of the sample."""
+        R' of the sample.
+
+        Args:
+            proposals: the step's, or what a cascade made of them.
+        """
         heads, levels = self.roi_heads, self.roi_heads.box_in_features
-        if self.reuses_pooling:
+        if self.reuses_pooling and proposals is recording.proposals:
             zeroth = estimates.adapter(recording.roi_features)  # a 1x1 conv commutes with pooling
         else:
-            boxes = [p.proposal_boxes for p in of_zeroth.proposals]
+            boxes = [p.proposal_boxes for p in proposals]
             zeroth = heads.box_pooler([estimates.zeroth[level] for level in levels], boxes)
         if estimates.num_branches == 0:
             return zeroth
-        boxes = [p.proposal_boxes for p in of_others.proposals]
+        of_others = recording.sample(self.samples_per_image)
+        boxes = [p.proposal_boxes for p in of_others.rows_of(proposals)]
         narrow = heads.box_pooler([estimates.factors[level] for level in levels], boxes)
         others = zeroth[of_others.rows] + projected(narrow, estimates).cumsum(0)
         return torch.cat([zeroth, others.flatten(0, 1)])
@@ -193,10 +230,11 @@ class FastHeads:
         sample: ProposalSample,
         weights: list[float],
         expected: Predictions,
+        predictor: FastRCNNOutputLayers,
     ) -> Tensor:
-        """As :meth:`_sample_loss`, against the heads' outputs on ``F_T`` on all of the step's proposals."""
+        """As :meth:`_sample_loss`, against a box head's outputs on ``F_T`` on all of the step's proposals."""
         values = soft_proposal_losses(
-            self.roi_heads.box_predictor,
+            predictor,
             *predictions,
             Predictions(*(x[sample.rows] for x in expected)),
             self.soft.temperature,
@@ -213,7 +251,7 @@ class FastHeads:
             logits, deltas: (E, R, K + 1) and (E, R, 4 or 4K).
             stratum: of R > 0 proposals.
         """
-        predictor = self.roi_heads.box_predictor
+        predictor = self.box_stages[0].predictor
         gt_classes = torch.cat([p.gt_classes for p in stratum.proposals])
         boxes, matched = boxes_and_truth(stratum.proposals)
         if stratum.is_foreground is None:
