@@ -1,11 +1,15 @@
 """Cascade R-CNN: what it does in training, how its stages judge maps, and what starts from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from builders import TINY, TOY, batch, losses_of, tiny_model, train_history
 from detectron2.config import get_cfg
+from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
@@ -459,3 +463,48 @@ def test_a_cascade_starts_from_all_stages():
 def test_what_cannot_be_inherited_is_said(config, opts, message):
     with pytest.raises(UserError, match=message):
         tiny_model(config, *opts, *INHERIT)
+
+
+# ---- two processes --------------------------------------------------------------------------------
+
+# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch are the mean of
+# its images' losses.
+EVERYTHING = [
+    *TEACHER, *SOFT, "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
+    "MODEL.RESNETS.NORM", "FrozenBN",
+]  # fmt: skip
+IMAGES = batch((2, 2), seed=4)
+
+
+def gradients_of(inputs):
+    """Losses of a step and the gradient of every weight that is trained, averaged over processes if there are two."""
+    model = tiny_model("cascade_era", *EVERYTHING)
+    wrapped = model
+    if comm.get_world_size() > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    losses, _ = losses_of(wrapped, inputs)
+    sum(losses.values()).backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    return {key: value.detach() for key, value in losses.items()}, gradients
+
+
+def _of_one_image(folder):
+    rank = comm.get_rank()
+    torch.save(gradients_of([IMAGES[rank]]), Path(folder) / f"{rank}.pth")
+
+
+def test_two_processes_equal_one(tmp_path):
+    """No weight without a gradient, equal gradients, and the losses of one process on both images."""
+    torch.set_num_threads(1)
+    launch(_of_one_image, 2, dist_url="auto", args=(str(tmp_path),))
+    (a, first), (b, second) = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    losses, gradients = gradients_of(IMAGES)
+    assert "loss_era_soft_roi" in losses and None not in gradients.values()
+    for key, value in losses.items():
+        torch.testing.assert_close((a[key] + b[key]) / 2, value, rtol=1e-4, atol=1e-6)
+    for key, value in gradients.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-5)
