@@ -371,6 +371,21 @@ def test_gradients_reach_the_student_and_no_weight_of_the_teacher(pair):
     assert all(torch.equal(v, before[k]) for k, v in model.teacher.model.state_dict().items())
 
 
+def test_pictures_without_labels_are_judged_softly_by_all_stages():
+    """Samples are chosen by what the teacher detects; no loss of the ground truth is there twice."""
+    model = taught("cascade_era", TEACHER, *SOFT, *MASKS, "MODEL.DISTILLER.PSEUDO_SCORE", "0.0")
+    labelled = masked_batch((2,))
+    unlabelled = [{"unlabeled": True, "image": item["image"]} for item in batch((1,), seed=6)]
+    losses, storage = losses_of(model, [*labelled, *unlabelled])
+    assert losses["loss_era_soft_roi"] > 0 and losses["loss_mask"] > 0
+    alone, _ = losses_of(model, labelled)
+    for name in ("loss_cls_stage2", "loss_mask", "loss_era_twi_roi"):
+        torch.testing.assert_close(losses[name], alone[name])
+    assert storage.latest()["pseudo_boxes"][0] > 0
+    assert "unlabeled/stage2/roi_head/num_fg_samples" in storage.latest()
+    sum(losses.values()).backward()
+
+
 # ---- inference with the teacher's heads -----------------------------------------------------------
 
 
