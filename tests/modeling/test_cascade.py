@@ -381,7 +381,7 @@ def test_pictures_without_labels_are_judged_softly_by_all_stages():
     alone, _ = losses_of(model, labelled)
     for name in ("loss_cls_stage2", "loss_mask", "loss_era_twi_roi"):
         torch.testing.assert_close(losses[name], alone[name])
-    assert storage.latest()["pseudo_boxes"][0] > 0
+    assert storage.latest()["unlabeled/pseudo_boxes"][0] > 0
     assert "unlabeled/stage2/roi_head/num_fg_samples" in storage.latest()
     sum(losses.values()).backward()
 

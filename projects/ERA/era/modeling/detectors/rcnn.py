@@ -79,7 +79,7 @@ class RCNN(RCNNFurtherHeads, Detector):
             found = "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES True, which moves the proposals"
         if found:
             raise UserError(
-                f"the student has {found}: expected a GeneralizedRCNN with an RPN and StandardROIHeads "
+                f"the student has {found}: expected a GeneralizedRCNN with an RPN and StandardROIHeads (or CascadeROIHeads) "
                 "trained on the RPN's proposals; change MODEL.DISTILLER.STUDENT_META_ARCHITECTURE, "
                 "MODEL.PROPOSAL_GENERATOR or MODEL.ROI_HEADS."
             )
@@ -199,7 +199,8 @@ class RCNN(RCNNFurtherHeads, Detector):
         if not isinstance(student, RCNN) or not self._has_plain_heads():
             raise UserError(
                 f"the teacher has {self._describe_heads()}, the student is a {type(student).__name__}: "
-                f"{reason} needs an RPN and StandardROIHeads in both; name another teacher, or switch that off."
+                f"{reason} needs an RPN and StandardROIHeads (or CascadeROIHeads) in both; name another teacher, or switch that "
+                "off."
             )
 
     def check_class_distributions(self, student: Detector, reason: str) -> None:
