@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import TINY, TOY, batch, losses_of, tiny_model, train_history
+from builders import TINY, TOY, batch, losses_of, tiny_cfg, tiny_model, train_history
 from detectron2.config import get_cfg
 from detectron2.engine import launch
 from detectron2.modeling import build_model
@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
 from era.config import load_config
+from era.engine.preflight import build_model_of
 from era.errors import UserError
 from era.modeling.detectors import detector_of, family_of
 from era.modeling.detectors.cascade import CascadeRCNN, FirstStage
@@ -478,6 +479,27 @@ def test_a_cascade_starts_from_all_stages():
 def test_what_cannot_be_inherited_is_said(config, opts, message):
     with pytest.raises(UserError, match=message):
         tiny_model(config, *opts, *INHERIT)
+
+
+# ---- configs that are no cascade's ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "False"], "CLS_AGNOSTIC_BBOX_REG is False, and .* set it True"),
+        (["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], "BBOX_REG_WEIGHTS beside it has 3 entries"),
+        (["MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.6]"], "expected the same first value"),
+    ],
+)  # fmt: skip
+def test_a_config_that_fits_no_cascade_is_said(opts, message):
+    """Of the student and of the teacher, before Detectron2 asserts it without a word."""
+    with pytest.raises(UserError, match=f"^MODEL.*{message}"):
+        build_model_of(tiny_cfg("cascade_plain", *opts))
+    with pytest.raises(UserError, match=f"^MODEL.*{message}"):
+        build_model_of(tiny_cfg("cascade_era", *opts))
+    with pytest.raises(UserError, match=f"^the teacher's MODEL.*{message}"):
+        tiny_model("era", *TEACHER, teacher_opts=opts)
 
 
 # ---- two processes --------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from era.engine.ema import AveragingCheckpointer, check_average
 from era.engine.room import check_room
 from era.engine.schedule import scale_to_world
 from era.errors import UserError
-from era.modeling.detectors import known_family
+from era.modeling.detectors import check_family, known_family
 from era.modeling.distiller import Distiller
 from era.modeling.teacher_cache import cache_folder
 from era.registry import is_distiller, methods_of
@@ -331,6 +331,7 @@ def build_model_of(cfg: CfgNode) -> torch.nn.Module:
     Raises:
         UserError: parts of the config do not fit each other.
     """
+    check_family(student_config(cfg))
     try:
         return build_model(cfg)
     except UserError:

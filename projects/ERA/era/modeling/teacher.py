@@ -19,7 +19,7 @@ from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
 from era.config import check_parts, get_era_cfg, merge_config, student_config
 from era.errors import UserError
-from era.modeling.detectors import Predictions, detector_of, known_family
+from era.modeling.detectors import Predictions, check_family, detector_of, known_family
 from era.modeling.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Teacher(nn.Module):
         keys = cfg.MODEL.TEACHER
         teacher_cfg = teacher_config(cfg)
         check_parts(teacher_cfg, what="the teacher's ")
+        check_family(student_config(teacher_cfg), what="the teacher's ")
         model = build_model(student_config(teacher_cfg))
         if known_family(student_config(teacher_cfg)) is None:
             raise UserError(

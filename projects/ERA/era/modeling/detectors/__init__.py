@@ -37,6 +37,13 @@ def family_of(cfg: CfgNode) -> type[Detector]:
     return family
 
 
+def check_family(cfg: CfgNode, *, what: str = "") -> None:
+    """:meth:`Detector.check_config` of the family that a stock config describes, if one knows it."""
+    family = known_family(cfg)
+    if family is not None:
+        family.check_config(cfg, what=what)
+
+
 def detector_of(model: nn.Module) -> Detector:
     """A stock model as a detector of its family.
 
@@ -66,6 +73,7 @@ __all__ = [
     "Predictions",
     "Recording",
     "TaskLoss",
+    "check_family",
     "detector_of",
     "family_of",
     "known_family",

@@ -63,6 +63,17 @@ class Detector(FurtherHeads, ABC):
     def num_classes_key(cls) -> str:
         """The config key of :meth:`num_classes_in`, for messages."""
 
+    @classmethod
+    def check_config(cls, cfg: CfgNode, *, what: str = "") -> None:
+        """What a stock config of this family must say beyond what Detectron2 puts into words; by default nothing.
+
+        Args:
+            what: of whom the config is, such as ``the teacher's ``, for the message.
+
+        Raises:
+            UserError: names the key, what was found, what was expected and what to do.
+        """
+
     @abstractmethod
     def check_student(self) -> None:
         """The model can be watched in training.

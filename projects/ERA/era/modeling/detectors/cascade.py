@@ -24,6 +24,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Instances, pairwise_iou
 from torch import Tensor, nn
 
+from era.errors import UserError
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.detectors.rcnn_heads import BoxStage
@@ -94,6 +95,32 @@ class CascadeRCNN(RCNN):
     def holds(cls, model: nn.Module) -> bool:
         """A ``GeneralizedRCNN`` with ``CascadeROIHeads``."""
         return super().holds(model) and isinstance(model.roi_heads, CascadeROIHeads)
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode, *, what: str = "") -> None:
+        """Deltas for all classes alike, and as many thresholds as coders, the first of them the sampler's; Detectron2 asserts
+        it without a word."""
+        keys, reason = (
+            cfg.MODEL.ROI_BOX_CASCADE_HEAD,
+            f"and MODEL.ROI_HEADS.NAME is {cfg.MODEL.ROI_HEADS.NAME}",
+        )
+        if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise UserError(
+                f"{what}MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is False, {reason}: expected boxes of all classes alike, for "
+                "one stage's are the next one's; set it True."
+            )
+        if len(keys.IOUS) != len(keys.BBOX_REG_WEIGHTS):
+            raise UserError(
+                f"{what}MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {tuple(keys.IOUS)}, and BBOX_REG_WEIGHTS beside it has "
+                f"{len(keys.BBOX_REG_WEIGHTS)} entries, {reason}: expected one of each a stage; make them equally many."
+            )
+        sampler = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS
+        if list(keys.IOUS[:1]) != list(sampler[:1]):
+            raise UserError(
+                f"{what}MODEL.ROI_BOX_CASCADE_HEAD.IOUS is {tuple(keys.IOUS)} and MODEL.ROI_HEADS.IOU_THRESHOLDS "
+                f"{list(sampler)}, {reason}: expected the same first value, by which the first stage's proposals are "
+                "sampled; make them equal."
+            )
 
     @property
     def box_stages(self) -> list[BoxStage]:
@@ -197,14 +224,10 @@ class CascadeRCNN(RCNN):
     def soft_stages(self, targets: Predictions, recording: RCNNRecording) -> list[StageTargets]:
         """Each stage on the boxes that it saw on the maps of the targets, whatever maps are judged: rows then tell of the
         same boxes, and the loss of these maps themselves is 0."""
-        proposals, stages = recording.samples, self.box_stages
+        proposals, found = recording.samples, []
         rows = sum(map(len, proposals))
-        by_stage = [
-            Predictions(*x) for x in zip(*(t.split(max(rows, 1)) for t in targets), strict=True)
-        ]
-        by_stage = by_stage if rows > 0 else [targets] * len(stages)
-        found = []
-        for (_, predictor), own in zip(stages, by_stage, strict=True):
+        for k, (_, predictor) in enumerate(self.box_stages):
+            own = Predictions(*(x[k * rows : (k + 1) * rows] for x in targets))
             found.append(StageTargets(proposals, own))
             proposals = proposals_from(predictor.predict_boxes(own, proposals), proposals)
         return found
