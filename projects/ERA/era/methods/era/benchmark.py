@@ -21,7 +21,7 @@ from era.methods.era.config import (
     ROI_WEIGHTS,
 )
 from era.methods.era.fast import Levers
-from era.modeling.detectors import Detector, known_family
+from era.modeling.detectors import Detector, family_of
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 from era.modeling.teacher import Teacher, teacher_config
 
@@ -94,8 +94,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         found["without soft judges"] = with_keys(*NO_SOFT)
     if era.NUM_BRANCHES > 1 and era.TWI.ESTIMATES == ALL_ESTIMATES:
         found["e_0 and e_N judged alone"] = with_keys("TWI.ESTIMATES", ENDS)
-    family = known_family(student_config(teacher_config(cfg)))
-    has_stages = family is not None and family.first_stage is not Detector.first_stage
+    judges = family_of(student_config(teacher_config(cfg)))
+    has_stages = judges.first_stage is not Detector.first_stage
     if has_stages and era.TWI.STAGES == ALL_STAGES:
         found["the first stage judges alone"] = with_keys("TWI.STAGES", FIRST_STAGE)
     if era.STANDARDIZE == RAW:

@@ -34,13 +34,13 @@ NEUTRAL = {
     "MODEL.ERA.ZERO_START": False,
     "MODEL.ERA.POSITION_WEIGHT": EVEN,
     "MODEL.ERA.TWI.ESTIMATES": ALL_ESTIMATES,
-    "MODEL.ERA.TWI.STAGES": ALL_STAGES,
     **{f"MODEL.ERA.ROI.{key}": 0.0 for key in ROI_WEIGHTS.values()},
     "MODEL.ERA.ROI.NUM_BRANCHES": 4,
     "MODEL.ERA.ROI.SCALES": [1.0, 0.5, 0.25, 0.125],
     "MODEL.ERA.ROI.HIDDEN_CHANNELS": 0,
     "MODEL.ERA.ROI.NORM": "BN",
     "MODEL.ERA.ROI.BETA": 0.0,
+    "MODEL.ERA.TWI.STAGES": ALL_STAGES,
 }
 
 
@@ -99,14 +99,14 @@ def add_config(cfg: CfgNode) -> None:
     # Which estimates the heads judge, hard and soft: all, e_0..e_N with the weights above; or the ends, e_0 and e_N,
     # the latter with all of sum_i s_i / N, at the cost of two estimates whatever N.
     _C.MODEL.ERA.TWI.ESTIMATES = ALL_ESTIMATES
-    # Of a teacher with a cascade of box heads, which judge: all, each on the boxes that it would see, the mean of what they
-    # say; or the first, on the sampled proposals. One and the same where there is one head.
-    _C.MODEL.ERA.TWI.STAGES = ALL_STAGES
     # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
     _C.MODEL.ERA.TWI.SOFT_POSITIONS = SAMPLED_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
     # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
     _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
+    # Of a teacher with a cascade of box heads, which judge: all, each on the boxes that it would see, the mean of what they
+    # say; or the first, on the sampled proposals. One and the same where there is one head.
+    _C.MODEL.ERA.TWI.STAGES = ALL_STAGES
     # Moved in 0.2: with this in the place of the key, an old config is told so.
     cfg.register_renamed_key(
         "MODEL.ERA.TWI.INIT_STUDENT",
