@@ -4,6 +4,7 @@ from era.config import add_era_config, get_era_cfg, load_config, student_config
 from era.data.made import register as _register_made_datasets
 from era.errors import UserError
 from era.methods import Method
+from era.modeling.backbones.fcos_fpn import build_fcos_resnet_fpn_backbone
 from era.modeling.backbones.small_resnet import build_small_resnet_fpn_backbone
 from era.modeling.distiller import Distiller
 from era.modeling.teacher import Teacher
@@ -18,6 +19,7 @@ __all__ = [
     "Teacher",
     "UserError",
     "add_era_config",
+    "build_fcos_resnet_fpn_backbone",
     "build_small_resnet_fpn_backbone",
     "get_era_cfg",
     "load_config",

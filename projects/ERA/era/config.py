@@ -1,6 +1,7 @@
 """The config: the keys of the frame, safe loading, cheap checks.
 
-Every other key belongs to a method and stands in the method's file (``Method.add_config``).
+Every other key belongs to a method or to a family of detectors that Detectron2 has no keys of, and stands in its file
+(``Method.add_config``, ``Detector.add_config``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from detectron2.config import CfgNode, get_cfg
 
 from era.addresses import check_bases, is_remote
 from era.errors import UserError
-from era.registry import METHOD_REGISTRY, is_distiller, label_free_methods, methods_of
+from era.registry import (
+    DETECTOR_FAMILIES,
+    METHOD_REGISTRY,
+    is_distiller,
+    label_free_methods,
+    methods_of,
+)
 from era_runtime.pictures import MAX_PIXELS
 
 CHANNELS_LAST = ("auto", "always", "never")
@@ -139,8 +146,8 @@ def add_era_config(cfg: CfgNode) -> None:
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
 
-    for _, method in METHOD_REGISTRY:
-        method.add_config(cfg)
+    for _, owner in (*METHOD_REGISTRY, *DETECTOR_FAMILIES):
+        owner.add_config(cfg)
 
 
 def get_era_cfg() -> CfgNode:
@@ -224,15 +231,22 @@ def find_config_file(config_file: str, *, what: str) -> str:
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """The student alone as a stock Detectron2 config: no key of this project is left in it.
+    """The student alone as a stock Detectron2 config: no key of this project is left in it but those of its family of
+    detectors, where Detectron2 has none (``Detector.add_config``).
 
     ``MODEL.META_ARCHITECTURE`` becomes the student's own; keys that stock Detectron2 does not know are
-    dropped, so ``detectron2.config.get_cfg().merge_from_file`` reads a dump of it.
+    dropped, so ``detectron2.config.get_cfg().merge_from_file`` reads a dump of it unless its family has such keys.
     """
     stock = get_cfg()
-    _copy_known_keys(cfg, stock)
+    name = cfg.MODEL.META_ARCHITECTURE
     if is_distiller(cfg):
-        stock.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILLER.STUDENT_META_ARCHITECTURE
+        name = cfg.MODEL.DISTILLER.STUDENT_META_ARCHITECTURE
+    stock.MODEL.META_ARCHITECTURE = name
+    for _, family in DETECTOR_FAMILIES:
+        if family.describes(stock):
+            family.add_config(stock)
+    _copy_known_keys(cfg, stock)
+    stock.MODEL.META_ARCHITECTURE = name
     return stock
 
 

@@ -1,4 +1,5 @@
-"""Methods by name. Methods enter themselves; config and modeling ask here, so that neither imports a method."""
+"""Methods and families of detectors by name. They enter themselves; config asks here, so that it imports neither, and modeling
+imports no method."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ METHOD_REGISTRY.__doc__ = """
 Distillation methods by the name that ``MODEL.DISTILLER.METHODS`` lists. An entry is a subclass of
 :class:`era.methods.base.Method`.
 """
+
+DETECTOR_FAMILIES = Registry("DETECTOR_FAMILY")
+DETECTOR_FAMILIES.__doc__ = "Subclasses of :class:`era.modeling.detectors.Detector` by their names."
 
 
 def is_distiller(cfg: CfgNode) -> bool:

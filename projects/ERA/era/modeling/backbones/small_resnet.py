@@ -5,8 +5,9 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from torch import nn
 
 from era.errors import UserError
 
@@ -24,10 +25,30 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     Raises:
         UserError: another depth.
     """
+    return _fpn(cfg, _small_resnet(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The same with p6 and p7 out of res5, as Detectron2's ``build_retinanet_resnet_fpn_backbone``."""
+    bottom_up = _small_resnet(cfg, input_shape)
+    channels = bottom_up.output_shape()["res5"].channels
+    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The same with p6 and p7 out of p5, as :func:`~era.modeling.backbones.fcos_fpn.build_fcos_resnet_fpn_backbone`."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return _fpn(cfg, _small_resnet(cfg, input_shape), top_block)
+
+
+def _small_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     keys = cfg.MODEL.RESNETS
     if keys.DEPTH not in BLOCKS_BY_DEPTH:
         raise UserError(
-            f"MODEL.RESNETS.DEPTH is {keys.DEPTH}: build_small_resnet_fpn_backbone knows "
+            f"MODEL.RESNETS.DEPTH is {keys.DEPTH}: {cfg.MODEL.BACKBONE.NAME} knows "
             f"{sorted(BLOCKS_BY_DEPTH)}; choose one of them."
         )
     stem = BasicStem(
@@ -47,18 +68,21 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
             )
         )
         in_channels, out_channels = out_channels, out_channels * 2
-    bottom_up = ResNet(
+    return ResNet(
         stem,
         stages,
         # what the FPN does not read, methods may
         out_features=sorted({*cfg.MODEL.FPN.IN_FEATURES, *keys.OUT_FEATURES}),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
+
+
+def _fpn(cfg: CfgNode, bottom_up: ResNet, top_block: nn.Module) -> FPN:
     return FPN(
         bottom_up=bottom_up,
         in_features=list(cfg.MODEL.FPN.IN_FEATURES),
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

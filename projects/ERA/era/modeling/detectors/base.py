@@ -31,17 +31,24 @@ class Detector(FurtherHeads, ABC):
         heads: names of the model's submodules that come after the backbone and hold its heads.
         parts: names of the heads that can judge features, see :meth:`head_loss`.
         soft_parts: those of them that can judge by their own outputs, see :meth:`soft_head_loss`.
+        running: names of the model's plain numbers that a training forward moves and its ``state_dict`` lacks, such as a
+            running normaliser of its losses.
     """
 
     meta_architecture: ClassVar[str]
     heads: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     soft_parts: ClassVar[tuple[str, ...]] = ()
+    running: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     # ---- what it is ------------------------------------------------------------------------------
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add the keys of the family that stock Detectron2 lacks, under ``MODEL``, in place; by default none."""
 
     @classmethod
     @abstractmethod

@@ -109,6 +109,26 @@ def cross_proposal_losses(
     }
 
 
+def mirrored_level(
+    value: Tensor, size: tuple[int, int], offset: float, stride: int, width: int
+) -> Tensor:
+    """What a dense head says of mirrored pictures, put where it belongs in the pictures themselves.
+
+    An anchor's centre is ``(j + offset) * stride``, with Detectron2's offset 0 the left edge of a cell, so position j is
+    mirrored to ``width / stride - j``, not to that less 1; with offset 0.5 the other way round. Between the two the nearer
+    one is taken.
+
+    Args:
+        value: of one level, (B, C, H, W).
+        size: height and width of the student's level.
+        offset, stride: of the anchors.
+        width: of :meth:`~era.modeling.teacher.Teacher.mirrored_maps`.
+    """
+    height, columns = size
+    first = max(0, 1 - round(2 * offset))
+    return value[..., :height, first : first + width // stride].flip(-1)[..., :columns]
+
+
 class RPNPart(HeadPart):
     """The RPN. Its hidden tensors are its input, the FPN maps: its head is one shared conv and a 1x1 conv an output, so
     a later cut would leave nothing to share. CrossKD's code does the same where its cut is set to 0."""
@@ -164,20 +184,16 @@ class RPNPart(HeadPart):
     def mirrored_logits(
         self, features: dict[str, Tensor], recording: RCNNRecording, width: int
     ) -> Tensor:
-        """At the mirror image of every sampled anchor. An anchor's centre is ``(j + offset) * stride``, with
-        Detectron2's offset 0 the left edge of a cell, so position j is mirrored to ``width / stride - j``, not to that
-        less 1; with offset 0.5 the other way round. Between the two the nearer one is taken."""
+        """At the mirror image of every sampled anchor."""
         rpn = self.detector.model.proposal_generator
         generator = rpn.anchor_generator
-        first = max(0, 1 - round(2 * generator.offset))
-        found = []
         logits, _ = rpn.rpn_head([features[level] for level in self.names])
-        for own, value, stride in zip(
-            recording.rpn_output[0], logits, generator.strides, strict=True
-        ):
-            height, columns = own.shape[-2:]
-            value = value[..., :height, first : first + width // stride].flip(-1)
-            found.append(value[..., :columns])
+        found = [
+            mirrored_level(value, own.shape[-2:], generator.offset, stride, width)
+            for own, value, stride in zip(
+                recording.rpn_output[0], logits, generator.strides, strict=True
+            )
+        ]
         logits, _ = by_anchor(found, [])
         return torch.cat(logits, dim=1).flatten()[recording.sampled_anchors]
 
