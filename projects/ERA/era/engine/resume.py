@@ -2,7 +2,8 @@
 
 Random numbers and the order of the pictures follow from the run's seed and the iteration
 (:mod:`era.data.seeds`, :mod:`era.data.loader`). What is left are the seed, where none was set; the last values of the
-scalars, whose medians metrics.json shows; and how far that file was written.
+scalars, whose medians metrics.json shows; how far that file was written; and numbers of the detector that training moves and no
+weight holds, such as RetinaNet's running normaliser. Of several processes, each of which has its own, these are the main one's.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def check_place(state: dict) -> None:
             "metrics_written": int(),
             "checkpoints": list(names),
         } if all(map(_is_scalar, scalars.values())) and all(map(_is_name, names)):
-            return
+            running = place.get("running", {})
+            if isinstance(running, dict) and all(isinstance(x, float) for x in running.values()):
+                return
     raise ValueError("its place in the run is of another form")
 
 

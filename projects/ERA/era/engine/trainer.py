@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from era import compat
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.settings import settings_of
-from era.config import INHERIT_FPN, INHERIT_NOTHING
+from era.config import INHERIT_FPN, INHERIT_NOTHING, student_config
 from era.data.datasets import labeled_records
 from era.data.keyed import training_mapper
 from era.data.loader import labeled_loader
@@ -68,6 +68,7 @@ from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
 from era.engine.validation_loss import validation_losses
 from era.engine.watch import watch_of
+from era.modeling.detectors import Detector, detector_of, known_family
 from era.modeling.distiller import Distiller
 from era.modeling.roi_align import gather_roi_align
 from era.modeling.teacher_cache import build_teacher_cache
@@ -146,6 +147,14 @@ class Trainer(DefaultTrainer):
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
+    def _detector(self) -> Detector | None:
+        """The model, or a distiller's student, as a detector; None if no family knows it."""
+        model = self.bare_model
+        if isinstance(model, Distiller):
+            return model.detector
+        return detector_of(model) if known_family(student_config(self.cfg)) else None
+
+    @property
     def is_preparation(self) -> bool:
         """Whether only a part of a method is trained, and the student is of no interest."""
         return isinstance(self.bare_model, Distiller) and self.bare_model.preparing
@@ -181,6 +190,7 @@ class Trainer(DefaultTrainer):
             "scalars": scalars_of(self.storage) if hasattr(self, "storage") else {},
             "metrics_written": self._metrics_file.written if self._metrics_file else -1,
             "checkpoints": self._checkpoints.names if self._checkpoints else [],
+            "running": self._detector.running_state() if self._detector else {},
         }
         return state
 
@@ -192,6 +202,8 @@ class Trainer(DefaultTrainer):
         self._resumed = state_dict.get("place")
         if self._resumed is not None and self.cfg.SEED < 0:
             self.seed = self._resumed["seed"]
+        if self._resumed is not None and self._detector is not None:
+            self._detector.load_running_state(self._resumed.get("running", {}))
 
     def before_train(self) -> None:
         """Where the run goes on from a checkpoint, the end of its iteration is done first: a checkpoint is written

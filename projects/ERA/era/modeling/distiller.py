@@ -184,7 +184,8 @@ class Distiller(nn.Module):
         inputs = [
             {**item, "instances": own} for item, own in zip(batched_inputs, truth, strict=True)
         ]
-        with self.detector.boxes_alone(), self.detector.record() as recording:
+        detector = self.detector
+        with detector.boxes_alone(), detector.running_kept(), detector.record() as recording:
             self.student(inputs)
         return Step(
             batched_inputs, recording, self.detector, self.teacher, labeled=False, teacher_maps=maps

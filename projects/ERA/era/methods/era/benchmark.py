@@ -19,6 +19,7 @@ from era.methods.era.config import (
     FIRST_STAGE,
     RAW,
     ROI_WEIGHTS,
+    TWI_WEIGHTS,
 )
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector, family_of
@@ -31,15 +32,25 @@ MIMIC = (
     "SCALES", [],
     "RESIDUAL_WEIGHT", 0.0,
     "KD_WEIGHT", 0.0,
-    "TWI.RPN_WEIGHT", 0.0,
-    "TWI.ROI_WEIGHT", 0.0,
+    *(item for key, _ in TWI_WEIGHTS.values() for item in (f"TWI.{key}", 0.0)),
     *(item for key in ROI_WEIGHTS.values() for item in (f"ROI.{key}", 0.0)),
 )  # fmt: skip
-SOFT = ("TWI.SOFT_RPN_WEIGHT", 1.0, "TWI.SOFT_ROI_WEIGHT", 1.0, "TWI.SOFT_POSITIONS")
-NO_SOFT = ("TWI.SOFT_RPN_WEIGHT", 0.0, "TWI.SOFT_ROI_WEIGHT", 0.0)
-NO_HARD = ("TWI.RPN_WEIGHT", 0.0, "TWI.ROI_WEIGHT", 0.0)
+SOFT = (
+    *(item for _, key in TWI_WEIGHTS.values() for item in (f"TWI.{key}", 1.0)),
+    "TWI.SOFT_POSITIONS",
+)
+NO_SOFT = tuple(item for _, key in TWI_WEIGHTS.values() for item in (f"TWI.{key}", 0.0))
+NO_HARD = tuple(item for key, _ in TWI_WEIGHTS.values() for item in (f"TWI.{key}", 0.0))
 ROI_FEATURE = tuple(item for key in ROI_WEIGHTS.values() for item in (f"ROI.{key}", 1.0))
 BRANCHES = (1, 2, 8)
+HEADS = {"rpn": "the RPN", "roi": "the ROI head", "dense": "the dense head"}
+# The levers that a part of the heads, or some of them, has; the others are the maps' own.
+LEVERS_OF = {
+    "sparse_rpn": "rpn",
+    "stacked_roi": "roi",
+    "reuse_pooling": "roi",
+    "sparse_dense": "dense",
+}
 
 
 def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
@@ -50,6 +61,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         cfg: the run's; settings that leave no room for a row leave it out.
     """
     era = cfg.MODEL.ERA
+    family = family_of(student_config(cfg))  # the teacher's too, if its heads judge
+    parts = [part for part in TWI_WEIGHTS if part in family.parts]
 
     def with_keys(*overrides) -> Builder:
         def build(cfg: CfgNode, student: Detector, teacher: Teacher) -> Method:
@@ -75,22 +88,23 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
     }
     if era.FAST:
         for lever in fields(Levers):
-            found[f"{lever.name} off"] = without(lever.name)
-    if era.TWI.PROPOSALS_PER_IMAGE > 0:
+            if LEVERS_OF.get(lever.name) in (None, *parts):
+                found[f"{lever.name} off"] = without(lever.name)
+    if era.TWI.PROPOSALS_PER_IMAGE > 0 and "roi" in parts:
         found["TWI on all proposals"] = with_keys("TWI.PROPOSALS_PER_IMAGE", 0)
     if era.HIDDEN_CHANNELS > 0:
         found["branches of full width"] = with_keys("HIDDEN_CHANNELS", 0)
-    for key, name in {
-        "TWI.RPN_WEIGHT": "TWI of the RPN",
-        "TWI.ROI_WEIGHT": "TWI of the ROI head",
-        "KD_WEIGHT": "KD",
-    }.items():
-        on = cfg.MODEL.ERA.TWI[key[4:]] if key.startswith("TWI.") else cfg.MODEL.ERA[key]
-        found[f"{'without' if on else 'with'} {name}"] = with_keys(key, 0.0 if on else 1.0)
+    switched = {TWI_WEIGHTS[part][0]: f"TWI of {HEADS[part]}" for part in parts}
+    for key, name in switched.items():
+        on = era.TWI[key] > 0
+        found[f"{'without' if on else 'with'} {name}"] = with_keys(f"TWI.{key}", 0.0 if on else 1.0)
+    if "roi" in parts:
+        on = era.KD_WEIGHT > 0
+        found[f"{'without' if on else 'with'} KD"] = with_keys("KD_WEIGHT", 0.0 if on else 1.0)
     found["with soft judges"] = with_keys(*SOFT, SAMPLED_POSITIONS)
     found["with soft judges at all anchors"] = with_keys(*SOFT, ALL_POSITIONS)
     found["with soft judges alone"] = with_keys(*NO_HARD, *SOFT, SAMPLED_POSITIONS)
-    if era.TWI.SOFT_RPN_WEIGHT > 0 or era.TWI.SOFT_ROI_WEIGHT > 0:
+    if any(era.TWI[TWI_WEIGHTS[part][1]] > 0 for part in parts):
         found["without soft judges"] = with_keys(*NO_SOFT)
     if era.NUM_BRANCHES > 1 and era.TWI.ESTIMATES == ALL_ESTIMATES:
         found["e_0 and e_N judged alone"] = with_keys("TWI.ESTIMATES", ENDS)
@@ -105,7 +119,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
     found["branches with context"] = with_keys("CONTEXT_KERNEL", 3)
     found["a projection at equal width"] = with_keys("PROJECTION", ALWAYS)
     found["positions weighted"] = with_keys("POSITION_WEIGHT", BY_JUDGE)
-    found["with the ROI feature"] = with_keys(*ROI_FEATURE)
+    if "roi" in parts:
+        found["with the ROI feature"] = with_keys(*ROI_FEATURE)
     for count in BRANCHES:
         scales = [0.5**i for i in range(count)]
         found[f"N = {count}"] = with_keys("NUM_BRANCHES", count, "SCALES", scales)

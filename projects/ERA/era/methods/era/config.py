@@ -19,6 +19,14 @@ IF_UNEQUAL, ALWAYS = "unequal", "always"  # MODEL.ERA.PROJECTION
 ALL_ESTIMATES, ENDS = "all", "ends"  # MODEL.ERA.TWI.ESTIMATES
 ALL_STAGES, FIRST_STAGE = "all", "first"  # MODEL.ERA.TWI.STAGES
 
+# Parts of heads that judge, and the keys in MODEL.ERA.TWI of their weights against the ground truth and softly. A part that the
+# teacher lacks does not count: a two-stage detector has rpn and roi, RetinaNet and FCOS have dense.
+TWI_WEIGHTS = {
+    "rpn": ("RPN_WEIGHT", "SOFT_RPN_WEIGHT"),
+    "roi": ("ROI_WEIGHT", "SOFT_ROI_WEIGHT"),
+    "dense": ("DENSE_WEIGHT", "SOFT_DENSE_WEIGHT"),
+}
+
 # The losses at the ROI feature, and the keys of their weights in MODEL.ERA.ROI.
 ROI_WEIGHTS = {
     "feature": "FEATURE_WEIGHT",
@@ -34,6 +42,8 @@ NEUTRAL = {
     "MODEL.ERA.ZERO_START": False,
     "MODEL.ERA.POSITION_WEIGHT": EVEN,
     "MODEL.ERA.TWI.ESTIMATES": ALL_ESTIMATES,
+    "MODEL.ERA.TWI.DENSE_WEIGHT": 0.0,
+    "MODEL.ERA.TWI.SOFT_DENSE_WEIGHT": 1.0,
     **{f"MODEL.ERA.ROI.{key}": 0.0 for key in ROI_WEIGHTS.values()},
     "MODEL.ERA.ROI.NUM_BRANCHES": 4,
     "MODEL.ERA.ROI.SCALES": [1.0, 0.5, 0.25, 0.125],
@@ -88,18 +98,23 @@ def add_config(cfg: CfgNode) -> None:
     _C.MODEL.ERA.POSITION_WEIGHT = EVEN
 
     # Teacher Weight Integration: the teacher's heads, frozen, judge e_0 (weight 1) and every e_i (weight
-    # s_i / N) against the ground truth.
+    # s_i / N) against the ground truth. Weights of heads that the teacher lacks do not count.
     _C.MODEL.ERA.TWI = CfgNode()
     _C.MODEL.ERA.TWI.RPN_WEIGHT = 0.0  # weight of the RPN losses on the estimates
     _C.MODEL.ERA.TWI.ROI_WEIGHT = 0.0  # weight of the ROI box head losses on the estimates
+    _C.MODEL.ERA.TWI.DENSE_WEIGHT = 0.0  # weight of the losses of the head of RetinaNet or FCOS
     # Soft judges, beside or in the place of the ground truth: the same heads on the same estimates match their own
     # outputs on the teacher's maps F_T. They need no label.
     _C.MODEL.ERA.TWI.SOFT_RPN_WEIGHT = 1.0  # weight of objectness and anchor deltas
     _C.MODEL.ERA.TWI.SOFT_ROI_WEIGHT = 1.0  # weight of ROI classes and boxes
+    _C.MODEL.ERA.TWI.SOFT_DENSE_WEIGHT = (
+        1.0  # weight of classes and boxes of RetinaNet's or FCOS's head
+    )
     # Which estimates the heads judge, hard and soft: all, e_0..e_N with the weights above; or the ends, e_0 and e_N,
     # the latter with all of sum_i s_i / N, at the cost of two estimates whatever N.
     _C.MODEL.ERA.TWI.ESTIMATES = ALL_ESTIMATES
-    # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap.
+    # Anchors at which the RPN judges softly: all, or those that the student sampled, which is cheap. The head of RetinaNet or
+    # FCOS: all, or 64 positions of an image, up to three quarters of them where the student's anchors are objects.
     _C.MODEL.ERA.TWI.SOFT_POSITIONS = SAMPLED_POSITIONS
     # On how many of the student's sampled proposals an image e_1..e_N are judged by the ROI head, and on
     # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
@@ -160,10 +175,7 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.ERA.FEATURE_WEIGHT": era.FEATURE_WEIGHT,
             "MODEL.ERA.RESIDUAL_WEIGHT": era.RESIDUAL_WEIGHT,
             "MODEL.ERA.KD_WEIGHT": era.KD_WEIGHT,
-            "MODEL.ERA.TWI.RPN_WEIGHT": era.TWI.RPN_WEIGHT,
-            "MODEL.ERA.TWI.ROI_WEIGHT": era.TWI.ROI_WEIGHT,
-            "MODEL.ERA.TWI.SOFT_RPN_WEIGHT": era.TWI.SOFT_RPN_WEIGHT,
-            "MODEL.ERA.TWI.SOFT_ROI_WEIGHT": era.TWI.SOFT_ROI_WEIGHT,
+            **{f"MODEL.ERA.TWI.{k}": era.TWI[k] for keys in TWI_WEIGHTS.values() for k in keys},
             **{f"MODEL.ERA.ROI.{key}": era.ROI[key] for key in ROI_WEIGHTS.values()},
             **{f"MODEL.ERA.SCALES[{i}]": s for i, s in enumerate(era.SCALES)},
             **{f"MODEL.ERA.ROI.SCALES[{i}]": s for i, s in enumerate(era.ROI.SCALES)},

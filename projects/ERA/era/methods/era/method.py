@@ -143,7 +143,7 @@ class ERA(Method):
         """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0. Labels if TWI alone is on."""
         era = cfg.MODEL.ERA
         free = (era.FEATURE_WEIGHT, era.RESIDUAL_WEIGHT, era.KD_WEIGHT,
-                era.TWI.SOFT_RPN_WEIGHT, era.TWI.SOFT_ROI_WEIGHT,
+                *(era.TWI[key] for _, key in config.TWI_WEIGHTS.values()),
                 era.ROI.FEATURE_WEIGHT, era.ROI.RESIDUAL_WEIGHT, era.ROI.SOFT_WEIGHT)  # fmt: skip
         return Needs(teacher_at_inference=era.ALPHA > 0, labels=not any(w > 0 for w in free))
 
@@ -157,22 +157,20 @@ class ERA(Method):
         era, judge = cfg.MODEL.ERA, teacher.detector
         levels = list(era.LEVELS)
         in_channels, out_channels = check_levels(student, judge, levels, "MODEL.ERA.LEVELS")
+        parts = {part: keys for part, keys in config.TWI_WEIGHTS.items() if part in judge.parts}
         weights = {
             "feature": era.FEATURE_WEIGHT,
             "residual": era.RESIDUAL_WEIGHT,
             "kd": era.KD_WEIGHT,
-            "twi_rpn": era.TWI.RPN_WEIGHT,
-            "twi_roi": era.TWI.ROI_WEIGHT,
-            "soft_rpn": era.TWI.SOFT_RPN_WEIGHT,
-            "soft_roi": era.TWI.SOFT_ROI_WEIGHT,
+            **{f"twi_{part}": era.TWI[hard] for part, (hard, _) in parts.items()},
+            **{f"soft_{part}": era.TWI[soft] for part, (_, soft) in parts.items()},
             **{f"roi_{term}": era.ROI[key] for term, key in config.ROI_WEIGHTS.items()},
         }
-        for part in ("rpn", "roi"):
-            if weights[f"soft_{part}"] > 0 and part not in judge.soft_parts:
+        for part, (_, key) in parts.items():
+            if era.TWI[key] > 0 and part not in judge.soft_parts:
                 raise UserError(
-                    f"MODEL.ERA.TWI.SOFT_{part.upper()}_WEIGHT is {weights[f'soft_{part}']}, and the teacher is a "
-                    f"{type(judge).__name__}, whose heads have no soft judge {part!r} (only {list(judge.soft_parts)}): "
-                    "set it to 0, or name another teacher."
+                    f"MODEL.ERA.TWI.{key} is {era.TWI[key]}, and the teacher is a {type(judge).__name__}, whose heads have no "
+                    f"soft judge {part!r} (only {list(judge.soft_parts)}): set it to 0, or name another teacher."
                 )
         unseen = sorted(set(levels) - judge.foreground_levels)
         if era.POSITION_WEIGHT == config.BY_JUDGE and unseen:
@@ -181,9 +179,10 @@ class ERA(Method):
                 f"{type(judge).__name__}, does not say what is foreground at {unseen}: set it to 'none', or leave "
                 "these levels out."
             )
-        judged = any(w > 0 for name, w in weights.items() if name.startswith(("twi_", "soft_")))
-        if judged or era.ALPHA > 0:
-            reason = "ERA with TWI or alpha above 0 (MODEL.ERA.TWI, MODEL.ERA.ALPHA)"
+        used = [f"MODEL.ERA.TWI.{k}" for keys in parts.values() for k in keys if era.TWI[k] > 0]
+        used += ["MODEL.ERA.ALPHA"] if era.ALPHA > 0 else []
+        if used:
+            reason = f"ERA with {' and '.join(used)} above 0"
             check_heads_on(student, judge, levels, "MODEL.ERA.LEVELS", reason)
         if era.KD_WEIGHT > 0:
             check_class_logits(student, judge, "ERA with MODEL.ERA.KD_WEIGHT above 0")
@@ -247,7 +246,8 @@ class ERA(Method):
         - ``loss_era_residual`` = (w_r / N) * sum_i s_i * MSE(d_i, sg(F_T - e_{i-1}));
         - ``loss_era_twi_rpn``, ``loss_era_twi_roi``: the teacher's heads on e_0 (weight 1) and on every
           e_i (weight s_i / N), against the ground truth;
-        - ``loss_era_soft_rpn``, ``loss_era_soft_roi``: the same against their own outputs on F_T; with
+        - ``loss_era_twi_dense`` in the place of both where the teacher is a dense detector;
+        - ``loss_era_soft_rpn``, ``loss_era_soft_roi`` or ``_dense``: the same against their own outputs on F_T; with
           ``MODEL.ERA.TWI.ESTIMATES`` "ends" both judge e_0 (weight 1) and e_N (weight sum_i s_i / N) alone;
         - ``loss_era_roi_<term>``: the same at the ROI feature, see :class:`~era.methods.era.roi.RoiTerms`;
         - ``loss_era_kd`` = w_k * tau^2 * KL(teacher ROI classes || student ROI classes).

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
 import torch
@@ -151,6 +151,33 @@ class Detector(FurtherHeads, ABC):
         batch statistics as the model's mode has them."""
         return self.model.backbone(self.model.preprocess_image(batched_inputs).tensor)
 
+    def running_state(self) -> dict[str, float]:
+        """The values of ``running``, by name, as far as the model has them by now: with the weights and the optimiser they
+        are what training goes on from."""
+        return {
+            name: float(getattr(self.model, name))
+            for name in self.running
+            if hasattr(self.model, name)
+        }
+
+    def load_running_state(self, state: dict[str, float]) -> None:
+        """Inverse of :meth:`running_state`; names that are not ``running`` are left out."""
+        for name in self.running:
+            if name in state:
+                setattr(self.model, name, state[name])
+            elif hasattr(self.model, name):
+                delattr(self.model, name)
+
+    @contextmanager
+    def running_kept(self) -> Iterator[None]:
+        """Whatever is trained inside, ``running`` is afterwards what it was before: for a forward whose losses are
+        dropped."""
+        before = self.running_state()
+        try:
+            yield
+        finally:
+            self.load_running_state(before)
+
     @abstractmethod
     def boxes_alone(self) -> AbstractContextManager[None]:
         """Inside, heads that say more of an object than class and box (masks, keypoints) do not run, in training
@@ -228,7 +255,8 @@ class Detector(FurtherHeads, ABC):
             part: one of ``soft_parts``.
             features: level name to (B, C, H, W): this detector's own, where it is the teacher.
             recording: the student's step, for its samples.
-            positions: of dense heads: ``all``, or those that the student ``sampled``.
+            positions: of dense heads: ``all``, or those that the student ``sampled`` (an RPN's anchors), or that the recording
+                does where the student judges all (the ``positions`` of dense detectors).
 
         Returns:
             Rows in the order of the positions or samples, float32, without gradient.

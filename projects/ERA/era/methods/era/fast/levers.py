@@ -9,6 +9,7 @@ class Levers:
 
     Attributes:
         sparse_rpn: run the RPN head at the sampled positions alone.
+        sparse_dense: run the head of a dense detector at the sampled positions alone.
         stacked_roi: one ROI pass for all estimates.
         reuse_pooling: let the student's own pooling of ``e_0`` serve the teacher's box head.
         narrow_residual: feature and residual losses from products of narrow maps.
@@ -16,6 +17,7 @@ class Levers:
     """
 
     sparse_rpn: bool = True
+    sparse_dense: bool = True
     stacked_roi: bool = True
     reuse_pooling: bool = True
     narrow_residual: bool = True

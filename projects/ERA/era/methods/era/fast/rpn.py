@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from era.losses import at_least_float32
 from era.methods.era.fast.factored import FactoredEstimates
-from era.methods.era.fast.patches import gather_patches
+from era.methods.era.fast.patches import conv_at, is_plain_conv
 from era.modeling.detectors.box_losses import box_losses
 from era.modeling.detectors.rcnn_losses import RCNNRecording
 from era.modeling.detectors.rcnn_soft import soft_anchor_losses
@@ -71,34 +71,12 @@ def predict_sampled(
 ) -> tuple[Tensor, Tensor]:
     """Objectness logits (N + 1, A) and deltas (N + 1, A, 4) of every estimate, float32."""
     head, rows = rpn.rpn_head, torch.arange(len(anchors.slots), device=anchors.slots.device)
-    hidden = _hidden(rpn, estimates, anchors)
+    hidden = torch.relu(conv_at([head.conv], estimates, rpn.in_features, anchors.positions)[0])
     logits = F.linear(hidden, head.objectness_logits.weight.flatten(1), head.objectness_logits.bias)
     logits = at_least_float32(logits[:, rows, anchors.slots])
     deltas = F.linear(hidden, head.anchor_deltas.weight.flatten(1), head.anchor_deltas.bias)
     deltas = at_least_float32(deltas.unflatten(2, (-1, 4))[:, rows, anchors.slots])
     return logits, deltas
-
-
-def _hidden(rpn: RPN, estimates: FactoredEstimates, anchors: SampledAnchors) -> Tensor:
-    """The RPN head's hidden layer of every estimate, (N + 1, A, C), after the ReLU."""
-    conv, count = rpn.rpn_head.conv, estimates.num_branches
-    zeroth, factors = [], []
-    for level, where in zip(rpn.in_features, anchors.positions, strict=True):
-        zeroth.append(gather_patches(estimates.zeroth[level], *where))
-        if count > 0:
-            factors.append(gather_patches(estimates.factors[level], *where))
-    kernel = conv.weight.permute(0, 2, 3, 1)  # (out, 3, 3, in)
-    hidden = F.linear(torch.cat(zeroth).flatten(1), kernel.flatten(1), conv.bias)[None]
-    if count > 0:
-        patches = torch.cat(factors).unflatten(2, (count, -1))  # (A, 9, N, h)
-        patches = patches.permute(2, 0, 1, 3).flatten(2)  # (N, A, 9 * h)
-        if estimates.projection is None:
-            increments = F.linear(patches, kernel.flatten(1))
-        else:
-            own = (kernel @ estimates.projection).unflatten(3, (count, -1))
-            increments = torch.bmm(patches, own.permute(3, 1, 2, 4, 0).flatten(1, 3))
-        hidden = torch.cat([hidden, increments]).cumsum(0)
-    return torch.relu(hidden)
 
 
 def hard_losses(
@@ -140,10 +118,6 @@ def knows_rpn_head(rpn: RPN) -> bool:
     conv = getattr(head, "conv", None)
     return (
         type(head) is StandardRPNHead
-        and isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == (3, 3)
-        and conv.stride == (1, 1)
-        and conv.padding == (1, 1)
-        and getattr(conv, "norm", None) is None
+        and is_plain_conv(conv)
         and isinstance(getattr(conv, "activation", None), nn.ReLU)
     )

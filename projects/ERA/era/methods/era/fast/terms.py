@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from era.losses import level_mean
+from era.methods.era.fast.dense import FastDense
 from era.methods.era.fast.factored import FactoredEstimates, factored_estimates, of_ends
 from era.methods.era.fast.heads import FastHeads
 from era.methods.era.fast.levers import ALL_ON, Levers
@@ -17,6 +18,7 @@ from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator
 from era.methods.era.twi import NO_SOFT_JUDGES, SoftJudges, ends, judge_weights, judgements
 from era.modeling.detectors import Detector
+from era.modeling.detectors.dense import Dense
 from era.modeling.detectors.rcnn import RCNN
 from era.modeling.step import Step
 
@@ -60,9 +62,12 @@ class FastTerms:
         factor = torch.compile(factored_estimates, dynamic=True) if compiled else factored_estimates
         self._factor = factor
         self.heads = None
-        are_known = isinstance(judge, RCNN) and isinstance(student, RCNN)
-        if (self.judged_parts or soft.parts) and are_known:
-            self.heads = FastHeads(judge, student, samples_per_image, levers, soft)
+        if self.judged_parts or soft.parts:
+            if isinstance(judge, RCNN) and isinstance(student, RCNN):
+                self.heads = FastHeads(judge, student, samples_per_image, levers, soft)
+            elif isinstance(judge, Dense):
+                self.heads = FastDense(judge, levers, soft)
+        if self.heads is not None:
             logger.info("TWI: %s", self.heads.describe())
 
     def __call__(
