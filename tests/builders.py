@@ -31,6 +31,7 @@ TINY = [
     "MODEL.RPN.POST_NMS_TOPK_TRAIN", "40",
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "32",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16",
+    "MODEL.FCOS.NORM", "",  # GroupNorm's 32 groups need wider maps
     "SOLVER.IMS_PER_BATCH", "2",
 ]  # fmt: skip
 TINY_TEACHER = [
@@ -39,6 +40,7 @@ TINY_TEACHER = [
     "MODEL.RESNETS.RES2_OUT_CHANNELS", "16",
     "MODEL.FPN.OUT_CHANNELS", "16",
     "MODEL.ROI_BOX_HEAD.FC_DIM", "32",
+    "MODEL.FCOS.NORM", "",
 ]  # fmt: skip
 # ERA judged by the ground truth, on raw maps, as its first version had it: the tests of single terms start from it.
 HARD_ERA = [
@@ -55,11 +57,12 @@ HARD_ERA = [
 ]  # fmt: skip
 
 
-def tiny_cfg(config: str = "era", *opts, teacher_opts=()):
-    """A toy config shrunk to test size, with a random teacher where there is one, and ERA as :data:`HARD_ERA`."""
+def tiny_cfg(config: str = "era", *opts, teacher: str = "teacher", teacher_opts=()):
+    """A toy config shrunk to test size, with a random teacher of another one where there is one, and ERA as
+    :data:`HARD_ERA`."""
     cfg = load_config(str(TOY / f"{config}.yaml"), TINY)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        cfg.MODEL.TEACHER.CONFIG_FILE = str(TOY / "teacher.yaml")
+        cfg.MODEL.TEACHER.CONFIG_FILE = str(TOY / f"{teacher}.yaml")
         cfg.MODEL.TEACHER.WEIGHTS = ""
         cfg.MODEL.TEACHER.ALLOW_RANDOM = True
         cfg.MODEL.TEACHER.OPTS = [*TINY_TEACHER, *teacher_opts]
@@ -67,10 +70,12 @@ def tiny_cfg(config: str = "era", *opts, teacher_opts=()):
     return cfg
 
 
-def tiny_model(config: str = "era", *opts, seed: int = 0, teacher_opts=()):
+def tiny_model(
+    config: str = "era", *opts, seed: int = 0, teacher: str = "teacher", teacher_opts=()
+):
     """The model of :func:`tiny_cfg`, from a seed."""
     torch.manual_seed(seed)
-    return build_model(tiny_cfg(config, *opts, teacher_opts=teacher_opts))
+    return build_model(tiny_cfg(config, *opts, teacher=teacher, teacher_opts=teacher_opts))
 
 
 def cli(tiny_data, output, *opts, config="era"):
@@ -118,14 +123,17 @@ def losses_of(model, inputs, seed: int = 7):
         return model(inputs), storage
 
 
-def train_history(config: str, *opts, inputs=batch, steps: int = 4) -> list[dict[str, float]]:
+def train_history(
+    config: str, *opts, inputs=batch, steps: int = 4, teacher: str = "teacher"
+) -> list[dict[str, float]]:
     """Losses of a few optimiser steps from one seed, as Detectron2 builds and trains.
 
     Args:
+        teacher: as of :func:`tiny_cfg`.
         inputs: called with the images' object counts and ``seed``, the number of the step.
     """
     torch.manual_seed(3)
-    cfg = tiny_cfg(config, *opts)
+    cfg = tiny_cfg(config, *opts, teacher=teacher)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     history = []

@@ -1,8 +1,9 @@
 """CrossKD: the teacher's frozen heads read the student's features and are matched to the teacher's predictions.
 
 Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", arXiv 2306.11369; form as in
-``jbwang1997/CrossKD``. That is made for dense heads. On a Faster R-CNN the RPN is one; the ROI head is inspired by it
-(this project's mapping, see :func:`~era.modeling.detectors.rcnn_parts.cross_proposal_losses`).
+``jbwang1997/CrossKD``. That is made for dense heads: RetinaNet's and FCOS's are the paper's own case. On a Faster R-CNN the RPN
+is one; the ROI head is inspired by it (this project's mapping, see
+:func:`~era.modeling.detectors.rcnn_parts.cross_proposal_losses`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from era.modeling.step import Step
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY
 
-PARTS = ("rpn", "roi")
+PARTS = ("rpn", "roi", "dense")
 TERMS = ("class", "box")
 
 
@@ -49,14 +50,15 @@ def restandardised(student: Tensor, teacher: Tensor) -> Tensor:
 
 @METHOD_REGISTRY.register()
 class CrossKD(Method):
-    """``loss_crosskd_<part>_<term> = w CrossKD_<term>(h_T(R(A(h_S))), h_T(h_T))`` for the parts ``rpn`` and ``roi``, the
-    terms ``class`` and ``box``.
+    """``loss_crosskd_<part>_<term> = w CrossKD_<term>(h_T(R(A(h_S))), h_T(h_T))`` for the parts ``rpn`` and ``roi`` of a two-stage
+    teacher or ``dense`` of a dense one, the terms ``class`` and ``box``.
 
     A part of the teacher's heads is cut in two. What the student has at the cut, before the activation, is brought to
     the teacher's mean and scale, goes through the rest of the teacher's head, and what that says is compared with what
     it says of the teacher's own. The student's last layers get no gradient of it, so they are not torn between ground
     truth and teacher. The RPN is cut before its one shared conv (its FPN maps), the ROI head after its first fully
-    connected layer, on the student's sampled proposals. No ground truth is used.
+    connected layer, on the student's sampled proposals, the towers of a dense head after their last conv but one (CrossKD's third
+    of four). No ground truth is used.
 
     Args:
         teacher: whose heads judge.
@@ -68,23 +70,32 @@ class CrossKD(Method):
 
     idea = "the teacher's frozen heads read the student's features and are matched to its own predictions"
     paper = "CrossKD, arXiv 2306.11369 (ROI head: inspired by it)"
+    neutral: ClassVar = {
+        "MODEL.CROSSKD.DENSE_CLASS_WEIGHT": 1.0,
+        "MODEL.CROSSKD.DENSE_BOX_WEIGHT": 1.0,
+    }
     loss_labels: ClassVar = {
         "loss_crosskd_rpn_class": "CrossKD: objectness of the teacher's RPN on the student's maps",
         "loss_crosskd_rpn_box": "CrossKD: boxes of the teacher's RPN on the student's maps",
         "loss_crosskd_roi_class": "CrossKD: classes of the teacher's box head on the student's vectors",
         "loss_crosskd_roi_box": "CrossKD: boxes of the teacher's box head on the student's vectors",
+        "loss_crosskd_dense_class": "CrossKD: classes of the teacher's head on the student's towers",
+        "loss_crosskd_dense_box": "CrossKD: boxes of the teacher's head on the student's towers",
     }
 
     @classmethod
     def add_config(cls, cfg: CfgNode) -> None:
         """Add ``MODEL.CROSSKD``."""
         cfg.MODEL.CROSSKD = CfgNode()
-        # Weights of objectness and boxes of the teacher's RPN, and of classes and boxes of its box head; 0 switches a
-        # loss off. 1 is CrossKD's for RetinaNet, 0.5 and the temperature are those of its two-stage form.
+        # Weights of objectness and boxes of the teacher's RPN, of classes and boxes of its box head, or of those of a dense
+        # detector's head; 0 switches a loss off, and those of heads that the teacher lacks do not count. 1 is CrossKD's for
+        # RetinaNet, 0.5 and the temperature are those of its two-stage form.
         cfg.MODEL.CROSSKD.RPN_CLASS_WEIGHT = 1.0
         cfg.MODEL.CROSSKD.RPN_BOX_WEIGHT = 1.0
         cfg.MODEL.CROSSKD.ROI_CLASS_WEIGHT = 0.5
         cfg.MODEL.CROSSKD.ROI_BOX_WEIGHT = 1.0
+        cfg.MODEL.CROSSKD.DENSE_CLASS_WEIGHT = 1.0
+        cfg.MODEL.CROSSKD.DENSE_BOX_WEIGHT = 1.0
         cfg.MODEL.CROSSKD.TEMPERATURE = 3.0  # tau of the box head's class distributions
 
     @classmethod
@@ -128,14 +139,18 @@ class CrossKD(Method):
             UserError: the student or the teacher has no such part, or anchors or levels differ.
         """
         judge, weights = teacher.detector, _weights(cfg)
-        used = [part for part in PARTS if any(w > 0 for w in weights[part].values())]
+        used = [
+            part
+            for part in PARTS
+            if part in judge.parts and any(w > 0 for w in weights[part].values())
+        ]
         if used:
             judge.check_judge(student, "CrossKD (MODEL.CROSSKD)")
             check_levels(
                 student,
                 judge,
                 sorted(judge.head_levels),
-                "MODEL.RPN.IN_FEATURES with MODEL.ROI_HEADS.IN_FEATURES of the teacher",
+                "the IN_FEATURES of all heads of the teacher's config",
             )
         adapters = {}
         for part in used:
@@ -145,7 +160,7 @@ class CrossKD(Method):
                     raise UserError(
                         f"MODEL.CROSSKD.{part.upper()}_CLASS_WEIGHT or _BOX_WEIGHT is above 0, and the {who}, a "
                         f"{type(detector).__name__}, has no head {part!r} that can be cut in two: set both to 0, or name "
-                        "a detector with axis-aligned boxes and MODEL.ROI_BOX_HEAD.NUM_FC above 0."
+                        "a detector with axis-aligned boxes and MODEL.ROI_BOX_HEAD.NUM_FC, or NUM_CONVS of a dense head, above 0."
                     )
             own, other = (detector.head_parts[part] for detector in (student, judge))
             adapters[part] = _adapter(own.channels, other.channels, dense=own.dense)
@@ -157,7 +172,7 @@ class CrossKD(Method):
         }
 
     def losses(self, step: Step) -> dict[str, Tensor]:
-        """The four terms, without those of weight 0."""
+        """The terms of the teacher's parts, without those of weight 0."""
         losses = {}
         for name, adapter in self.adapters.items():
             part = self._judge[0].head_parts[name]

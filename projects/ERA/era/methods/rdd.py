@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from era.errors import UserError
 from era.losses import at_least_float32, kd_loss
 from era.methods.base import Chart, Method, Needs
-from era.methods.checks import check_weights
+from era.methods.checks import check_class_logits, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.detectors.parts import HeadPart
 from era.modeling.detectors.recording import SAMPLED_POSITIONS
@@ -204,6 +204,8 @@ class RDD(Method):
         own = cfg.MODEL.RDD
         if own.REWEIGHT:
             _check_parts(student, teacher.detector)
+        if own.LAMBDA > 0:
+            check_class_logits(student, teacher.detector, "RDD with MODEL.RDD.LAMBDA above 0")
         return {
             "student": student,
             "teacher": teacher,

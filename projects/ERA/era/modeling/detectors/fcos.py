@@ -23,6 +23,9 @@ from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.fcos_model import add_fcos_config
 from era.modeling.detectors.recording import Predictions, TaskLoss
 
+# Of boxes that are compared, in strides: GIoU of a box without area is 0, also with itself.
+LEAST_DISTANCE = 0.01
+
 
 @DETECTOR_FAMILIES.register()
 class FCOS(Dense):
@@ -89,8 +92,9 @@ class FCOS(Dense):
         return self.overlap_distances(predictions, targets, anchors)
 
     def decoded(self, predictions: Predictions, anchors: Tensor) -> Tensor:
-        """Boxes (n, 4) as x1, y1, x2, y2."""
-        return self.model.box2box_transform.apply_deltas(predictions.box_deltas[:, :4], anchors)
+        """Boxes (n, 4) as x1, y1, x2, y2, of distances of at least :data:`LEAST_DISTANCE`."""
+        distances = predictions.box_deltas[:, :4].clamp(min=LEAST_DISTANCE)
+        return self.model.box2box_transform.apply_deltas(distances, anchors)
 
     def coder_settings(self) -> dict[str, tuple]:
         """Whether distances are in strides."""
