@@ -2,6 +2,8 @@
 
 import pytest
 from builders import REPO
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from era.config import load_config, student_config, validate_config
@@ -11,7 +13,7 @@ CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 # Narrow the COCO models: their depth and names stay, their weights shrink to what a test can hold.
 NARROW = [
     "MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "16",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.FPN.OUT_CHANNELS", "32",
     "MODEL.ROI_BOX_HEAD.FC_DIM", "16",
 ]  # fmt: skip
 
@@ -35,7 +37,9 @@ def test_every_config_builds_its_model(path, monkeypatch):
     validate_config(cfg)
     model = build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
-    assert student_config(cfg).MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    family = path.stem.split("_")[0]
+    expected = {"retinanet": "RetinaNet", "fcos": "FCOS"}.get(family, "GeneralizedRCNN")
+    assert expected == student_config(cfg).MODEL.META_ARCHITECTURE
 
 
 def test_there_are_configs():
@@ -51,6 +55,10 @@ def test_there_are_configs():
         ("toy/era_init", "toy/plain_init"),
         ("mask_era_r101_r50", "mask_plain_r50"),
         ("toy/mask_era", "toy/mask_plain"),
+        ("retinanet_era_r101_r50", "retinanet_plain_r50"),
+        ("fcos_era_r101_r50", "fcos_plain_r50"),
+        ("toy/retinanet_era", "toy/retinanet_plain"),
+        ("toy/fcos_era", "toy/fcos_plain"),
         ("trees/era", "trees/plain"),
         ("trees/methods/pkd", "trees/plain"),
     ],
@@ -62,6 +70,26 @@ def test_baseline_and_distilled_student_differ_in_distillation_alone(distilled, 
     assert student_config(a) == student_config(b)
     if b.MODEL.META_ARCHITECTURE == "Distiller":
         assert a.MODEL.DISTILLER.INIT_STUDENT == b.MODEL.DISTILLER.INIT_STUDENT == "heads"
+
+
+def test_the_retinanet_has_the_anchors_and_the_schedule_of_its_zoo_teacher():
+    cfg = load_config(str(REPO / "configs" / "retinanet_era_r101_r50.yaml"))
+    teacher, zoo = get_cfg(), "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    teacher.merge_from_file(model_zoo.get_config_file(cfg.MODEL.TEACHER.CONFIG_FILE), True)
+    assert teacher.MODEL.ANCHOR_GENERATOR.SIZES == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert (
+        "detectron2://"
+        + model_zoo.get_checkpoint_url(cfg.MODEL.TEACHER.CONFIG_FILE).removeprefix(
+            "https://dl.fbaipublicfiles.com/detectron2/"
+        )
+        == cfg.MODEL.TEACHER.WEIGHTS
+    )
+    stock, own = get_cfg(), student_config(cfg)
+    stock.merge_from_file(model_zoo.get_config_file(zoo), True)
+    for key in ("RETINANET", "RESNETS", "FPN", "BACKBONE", "PIXEL_MEAN", "PIXEL_STD"):
+        assert own.MODEL[key] == stock.MODEL[key], key
+    for key in ("BASE_LR", "STEPS", "MAX_ITER", "IMS_PER_BATCH", "WARMUP_ITERS"):
+        assert own.SOLVER[key] == stock.SOLVER[key], key
 
 
 def test_the_flagship_follows_its_recipe():

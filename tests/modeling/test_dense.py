@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 
 from era.config import load_config, student_config
 from era.errors import UserError
-from era.modeling.detectors import detector_of, dense_losses, dense_record, family_of
+from era.modeling.detectors import dense_losses, dense_record, detector_of, family_of
 from era.modeling.detectors.fcos import FCOS
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
 from era.modeling.detectors.retinanet import RetinaNet
@@ -62,7 +62,7 @@ def test_a_family_by_config_and_by_model(name):
     cfg = student_config(load_config(str(TOY / f"{name}_era.yaml")))
     family = family_of(cfg)
     assert family is FAMILIES[name] and family.num_classes_in(cfg) == 8
-    assert cfg.MODEL.META_ARCHITECTURE == family.meta_architecture
+    assert family.meta_architecture == cfg.MODEL.META_ARCHITECTURE
     assert family.num_classes_key() == f"MODEL.{name.upper()}.NUM_CLASSES"
     detector = detector_of(tiny_model(f"{name}_plain"))
     assert type(detector) is family and detector.num_classes == 8

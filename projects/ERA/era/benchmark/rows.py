@@ -261,7 +261,7 @@ class Bench:
 
 def plan(bench: Bench, inputs: list[dict]) -> Plan:
     """All rows of the main table: floor, the run's methods together, each method's own further rows, and
-    inference."""
+    inference. Where a row does not fit this student and teacher, a note says why."""
     found = Plan(dict(bench.plain_rows(inputs)))
     together = run_name(bench.cfg)
 
@@ -273,7 +273,13 @@ def plan(bench: Bench, inputs: list[dict]) -> Plan:
     add(switch, bench.methods, channels_last=not bench.channels_last)
     for lower, method in methods_of(bench.cfg).items():
         for name, build in method.benchmark_rows(bench.cfg).items():
-            add(f"{method.__name__}, {name}", lambda n=lower, b=build: bench.methods(**{n: b}))
+            row = f"{method.__name__}, {name}"
+            try:
+                bench.methods(**{lower: build})
+            except UserError as e:
+                found.notes.append(f"{row} is left out: {e}")
+                continue
+            add(row, lambda n=lower, b=build: bench.methods(**{n: b}))
     if not bench.equal_heads:
         found.notes.append(
             "Student and teacher heads differ in shape and are random: at inference they choose "
