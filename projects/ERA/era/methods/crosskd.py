@@ -160,7 +160,7 @@ class CrossKD(Method):
                     raise UserError(
                         f"MODEL.CROSSKD.{part.upper()}_CLASS_WEIGHT or _BOX_WEIGHT is above 0, and the {who}, a "
                         f"{type(detector).__name__}, has no head {part!r} that can be cut in two: set both to 0, or name "
-                        "a detector with axis-aligned boxes and MODEL.ROI_BOX_HEAD.NUM_FC, or NUM_CONVS of a dense head, above 0."
+                        "a detector with axis-aligned boxes and MODEL.ROI_BOX_HEAD.NUM_FC above 0."
                     )
             own, other = (detector.head_parts[part] for detector in (student, judge))
             adapters[part] = _adapter(own.channels, other.channels, dense=own.dense)

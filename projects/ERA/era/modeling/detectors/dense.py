@@ -278,7 +278,7 @@ class Dense(Detector):
     @property
     def cuts(self) -> dict[str, tuple[nn.Sequential, int]]:
         """Where the towers of the head are cut in two: by tower its layers, and which of them comes first after the cut, the
-        activation of its last conv but one (of its only conv, if there is one); none of a tower without a conv."""
+        activation of its last conv but one (of its only conv, if there is one); none of a tower without ReLUs."""
         found = {}
         for name in ("cls_subnet", "bbox_subnet"):
             layers = getattr(self.model.head, name)
