@@ -193,7 +193,7 @@ def merge_config(
         except Exception as e:  # a file of anything can fail in any way
             raise UserError(
                 f"{what} {config_file} is not a config that can be read ({_first_line(e)}): expected "
-                "YAML with the keys of Detectron2 and of this project; correct the file."
+                f"YAML with the keys of Detectron2 and of this project; {_remedy(e)}."
             ) from e
     try:
         cfg.merge_from_list(list(opts))
@@ -387,6 +387,15 @@ def _copy_known_keys(source: CfgNode, target: CfgNode) -> None:
             _copy_known_keys(source[key], target[key])
         else:
             target[key] = source[key]
+
+
+def _remedy(error: BaseException) -> str:
+    if "python/object" in str(error):
+        return (
+            "code in it is never run, so write the values out, as configs/retinanet_teacher_r101.yaml does for the model "
+            "zoo's RetinaNets"
+        )
+    return "correct the file"
 
 
 def _first_line(error: BaseException) -> str:
