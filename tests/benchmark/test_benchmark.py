@@ -264,3 +264,38 @@ def test_every_other_method_has_a_row_or_a_reason(bench):
     for row in planned.make(sorted(names)):
         row.prepare()
         row.step()
+
+
+def test_rows_of_a_dense_detector_and_those_that_do_not_fit(monkeypatch):
+    """Its own rows, each of which makes a step; a row that cannot be built is a note."""
+    teacher = ["MODEL.TEACHER.CONFIG_FILE", str(TOY / "retinanet_teacher.yaml")]
+    opts = [
+        *TINY,
+        *teacher,
+        "MODEL.TEACHER.OPTS",
+        str(TINY_TEACHER),
+        "MODEL.ERA.HIDDEN_CHANNELS",
+        "4",
+    ]
+    cfg = load_config(str(TOY / "retinanet_era.yaml"), opts)
+    cfg.MODEL.TEACHER.WEIGHTS = ""
+    cfg.MODEL.TEACHER.ALLOW_RANDOM = True
+    own = METHOD_REGISTRY.get(ERA).benchmark_rows
+
+    def refuse(*_):
+        raise UserError("not with these two")
+
+    monkeypatch.setattr(
+        METHOD_REGISTRY.get(ERA),
+        "benchmark_rows",
+        classmethod(lambda _, cfg: {**own(cfg), "odd": refuse}),
+    )
+    bench = Bench(cfg)
+    planned = plan(bench, bench.batch(64, 96, 1))
+    assert "ERA, odd is left out: not with these two" in planned.notes
+    rows = {name for name in planned.makers if name.startswith("ERA, ")}
+    assert {"ERA, sparse_dense off", "ERA, with TWI of the dense head", "ERA, N = 2"} < rows
+    assert "ERA, odd" not in rows and "ERA, with KD" not in rows
+    for row in planned.make([FLOOR, ERA, "ERA, sparse_dense off", ALPHA_1]):
+        row.prepare()
+        row.step()
