@@ -61,8 +61,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         cfg: the run's; settings that leave no room for a row leave it out.
     """
     era = cfg.MODEL.ERA
-    family = family_of(student_config(cfg))  # the teacher's too, if its heads judge
-    parts = [part for part in TWI_WEIGHTS if part in family.parts]
+    judge = family_of(student_config(teacher_config(cfg)))
+    parts = [part for part in TWI_WEIGHTS if part in judge.parts]
 
     def with_keys(*overrides) -> Builder:
         def build(cfg: CfgNode, student: Detector, teacher: Teacher) -> Method:
