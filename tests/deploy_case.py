@@ -11,10 +11,11 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from era.config import load_config
+from era.config import load_config, student_config
 from era.deploy import formats, parity
 from era.deploy.export import export
 from era.deploy.source import Source, load_source
+from era.modeling.detectors import family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 96
@@ -37,6 +38,15 @@ def enliven(model, seed: int) -> None:
     """Random heads that tell images apart, so that there is something to detect."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if hasattr(model, "head"):  # a dense detector's
+            for layer in (*model.head.cls_subnet, *model.head.bbox_subnet):
+                if isinstance(layer, torch.nn.Conv2d):
+                    layer.weight.normal_(0, (2 / layer.weight[0].numel()) ** 0.5, generator=draw)
+            model.head.cls_score.weight.normal_(0, 0.1, generator=draw)
+            model.head.bbox_pred.weight.normal_(0, 0.01, generator=draw)
+            if hasattr(model.head, "ctrness"):
+                model.head.ctrness.weight.normal_(0, 0.1, generator=draw)
+            return
         head = model.roi_heads.box_predictor
         head.cls_score.weight.normal_(0, 1.0, generator=draw)
         head.bbox_pred.weight.normal_(0, 0.02, generator=draw)
@@ -45,23 +55,29 @@ def enliven(model, seed: int) -> None:
             model.roi_heads.mask_head.predictor.weight.normal_(0, 0.5, generator=draw)
 
 
-@functools.cache
 def run(config: str = "era") -> Path:
     """OUTPUT_DIR of a distilled run of a toy config with its teacher beside it."""
+    return _run(config)
+
+
+@functools.cache
+def _run(config: str) -> Path:
     torch.manual_seed(0)
     configs = ROOT / "configs/toy"
     folder = FOLDER / "runs" / config
     folder.mkdir(parents=True)
-    teacher = build_model(load_config(str(configs / "teacher.yaml"), SMALL))
-    enliven(teacher, 1)
-    torch.save({"model": teacher.state_dict()}, FOLDER / "teacher.pth")
-    cfg = load_config(
-        str(configs / f"{config}.yaml"),
-        [*SMALL, "MODEL.TEACHER.CONFIG_FILE", str(configs / "teacher.yaml"),
-         "MODEL.TEACHER.OPTS", SMALL, "MODEL.TEACHER.WEIGHTS", str(FOLDER / "teacher.pth")],
+    cfg = load_config(str(configs / f"{config}.yaml"), SMALL)
+    teacher_config = ROOT / cfg.MODEL.TEACHER.CONFIG_FILE
+    teacher_weights = FOLDER / f"{teacher_config.stem}.pth"
+    teacher = build_model(load_config(str(teacher_config), SMALL))
+    enliven(teacher, 2)
+    torch.save({"model": teacher.state_dict()}, teacher_weights)
+    cfg.merge_from_list(
+        ["MODEL.TEACHER.CONFIG_FILE", str(teacher_config),
+         "MODEL.TEACHER.OPTS", SMALL, "MODEL.TEACHER.WEIGHTS", str(teacher_weights)],
     )  # fmt: skip
     model = build_model(cfg)
-    enliven(model.student, 2)
+    enliven(model.student, 3)
     with torch.no_grad():
         for parameter in model.methods.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -83,10 +99,14 @@ def mask_run(*opts) -> Path:
     return folder
 
 
-@functools.cache
-def source(alpha: int) -> Source:
+def source(alpha: int, config: str = "era") -> Source:
     """The distilled run's student, see :func:`quiet_source`."""
-    return quiet_source(run(), alpha)
+    return _source(alpha, config)
+
+
+@functools.cache
+def _source(alpha: int, config: str) -> Source:
+    return quiet_source(run(config), alpha)
 
 
 @functools.cache
@@ -96,28 +116,32 @@ def mask_source() -> Source:
 
 
 def quiet_source(folder: Path, alpha: int = 0) -> Source:
-    """A run's student with a score threshold above what it finds on an even grey image."""
-    first = load_source(
-        run=str(folder), alpha=alpha, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05]
-    ).predictor()
-    on_nothing = first(parity.blank_images(first.rules)[1]).scores.max(initial=0.05)
-    threshold = float(on_nothing) + 0.01
+    """A run's student with a score threshold above what it finds on one of the even images."""
+    key = score_key(folder)
+    first = load_source(run=str(folder), alpha=alpha, opts=[key, 0.05]).predictor()
+    blank = (first(image).scores for image in parity.blank_images(first.rules))
+    threshold = float(min(scores.max(initial=0.05) for scores in blank)) + 0.01
     assert any(
         (first(image).scores > threshold).sum() > 3 for image in parity.sample_images(first.rules)
     ), "the test's own model must detect something"
-    opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", threshold]
-    return load_source(run=str(folder), alpha=alpha, opts=opts)
+    return load_source(run=str(folder), alpha=alpha, opts=[key, threshold])
 
 
-def exported(name: str, alpha: int = 0) -> tuple[Path, parity.Report]:
+def score_key(folder: Path) -> str:
+    """The config key of the score threshold of a run's student."""
+    family = family_of(student_config(load_config(str(folder / "config.yaml"))))
+    return family.num_classes_key().replace("NUM_CLASSES", "SCORE_THRESH_TEST")
+
+
+def exported(name: str, alpha: int = 0, config: str = "era") -> tuple[Path, parity.Report]:
     """A deployment folder of that format, and its parity report."""
-    return _exported(name, alpha)
+    return _exported(name, alpha, config)
 
 
 @functools.cache
-def _exported(name: str, alpha: int) -> tuple[Path, parity.Report]:
-    folder = FOLDER / f"{name}-{alpha}"
-    return folder, export(source(alpha), name, str(folder))
+def _exported(name: str, alpha: int, config: str) -> tuple[Path, parity.Report]:
+    folder = FOLDER / f"{config}-{name}-{alpha}"
+    return folder, export(source(alpha, config), name, str(folder))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from report_case import EVIL, ROOT, Page, full_report, make_run, make_runs
+from report_case import EVIL, ROOT, Page, found, full_report, make_dataset, make_run, make_runs
 
 from era.config import load_config
 from era.errors import UserError
@@ -133,6 +133,21 @@ def test_a_method_says_itself_what_is_drawn_of_it(tmp_path, monkeypatch):
     assert own.y == pytest.approx([3 * math.exp(-i / 50) for i in range(19, 100, 20)])
     page = Page(write_report([made["plain"], made["era"]], tmp_path / "report.html"))
     assert "Lower is nearer." in page.text and EVIL not in page.text
+
+
+def test_runs_of_a_dense_family(tmp_path):
+    """RetinaNet: its own losses, which have some of an R-CNN's names, and what distillation adds to them."""
+    data, opts = tmp_path / "data", ("MODEL.RETINANET.NUM_CLASSES", 2)
+    triple = make_dataset(data, f"report_{tmp_path.name}")
+    folders = [
+        make_run(tmp_path / name, f"retinanet_{name}", triple, found(data, count), ap, opts)
+        for name, count, ap in (("plain", lambda i: 1, 29.3), ("era", lambda i: 2, 45.4))
+    ]
+    assert runs.read_run(folders[1], "era").cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    text = write_report(folders, tmp_path / "r.html").read_text()
+    assert "+16.1" in text and "era: what distillation adds to the loss" in text
+    assert "Each model’s own detection loss" in text
+    assert "Of all 6 test images, era has the higher F1 in 6, plain in 0" in text
 
 
 def test_masks_have_columns_tables_and_outlines(tmp_path):

@@ -188,6 +188,20 @@ def quantize(path: Path, target: Path, calibration: Sequence[np.ndarray], prefix
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
         )
+    forget_inferred_shapes(target)
+
+
+def forget_inferred_shapes(path: Path) -> None:
+    """Leave the shapes of inner tensors to the runtime, as the exporter does.
+
+    The quantiser writes what it infers of them; onnxruntime then folds the shape that decoded boxes get, (n, 4), into
+    (0, -1), "as before, and the rest", which fails where a level of a dense detector has no box.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    del model.graph.value_info[:]
+    onnx.save(model, str(path))
 
 
 def backbone_prefix(source: Source) -> str:
