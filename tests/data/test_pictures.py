@@ -2,6 +2,9 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import signal
 
 import hostile
 import numpy as np
@@ -12,12 +15,15 @@ from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from era.data import pictures
 from era.data.datasets import check_datasets, register_from_config
 from era.data.pictures import (
     BadTestPictures,
     UnreadablePicture,
+    WatchedLoader,
     check_pictures,
     picture_mapper,
+    raise_if_killed,
 )
 from era.data.toy.draw import CLASSES
 from era.data.validation import check_annotation_file
@@ -301,3 +307,48 @@ def test_a_skipped_test_picture_counts_as_missed(bad_test_set, tmp_path, told):
     assert (tmp_path / "run" / "student" / "model_final.pth").exists()
     found = json.loads((tmp_path / "run" / "inference" / "coco_instances_results.json").read_text())
     assert 3 not in {entry["image_id"] for entry in found}
+
+
+# ---- processes of the loader -------------------------------------------------------------------------
+
+
+class Breaks:
+    """A loader whose process is killed while it hands over a batch: the connection breaks before torch looks."""
+
+    def __init__(self, error: Exception, kills: bool):
+        self.error, self.kills = error, kills
+
+    def __iter__(self):
+        batches = iter(torch.utils.data.DataLoader(range(100), num_workers=1, collate_fn=list))
+        yield from ([{"image": x}] for x in next(batches))
+        if self.kills:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+        raise self.error
+
+
+@pytest.fixture
+def no_child_signal():
+    """torch hears of a dead process by SIGCHLD, which may come later than the broken connection: here never."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield lambda: signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset by peer")])
+def test_a_process_killed_in_the_middle_of_a_batch_is_told_as_such(error, no_child_signal):
+    batches = iter(WatchedLoader(Breaks(error, kills=True)))
+    assert next(batches) == [{"image": 0}]
+    no_child_signal()
+    with pytest.raises(
+        RuntimeError, match=r"DataLoader worker \(pid \d+\) is killed by signal: Killed"
+    ):
+        next(batches)
+
+
+def test_a_broken_connection_with_all_processes_alive_stays_what_it_is(monkeypatch):
+    monkeypatch.setattr(pictures, "raise_if_killed", lambda: raise_if_killed(0.1))
+    batches = iter(WatchedLoader(Breaks(EOFError("lost"), kills=False)))
+    next(batches)
+    with pytest.raises(EOFError, match="lost"):
+        next(batches)

@@ -4,6 +4,7 @@
 import copy
 import logging
 import os
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.events import get_event_storage, has_event_storage
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from tqdm import tqdm
 
 from era.errors import UserError
@@ -154,7 +156,8 @@ class WatchedLoader:
     else: a checkpoint keeps it with the other scalars, and a run that goes on counts on.
 
     Args:
-        loader: of lists of inputs, such as :class:`~era.data.loader.TrainLoader`.
+        loader: of lists of inputs, such as :class:`~era.data.loader.TrainLoader`. A process of it that was killed is
+            a RuntimeError that says so, also where it died in the middle of a batch.
     """
 
     def __init__(self, loader: Iterable[list[dict]]):
@@ -176,6 +179,9 @@ class WatchedLoader:
             sentence = sentence.rpartition("UnreadablePicture: ")[2] or sentence
             hint = "" if KEY in sentence else f", or set {KEY} skip to go on without it"
             raise UnreadablePicture(sentence + hint) from error
+        except (EOFError, ConnectionError, FileNotFoundError):
+            raise_if_killed()
+            raise
 
     def _watch(self, reason: str | None) -> None:
         if reason is None:
@@ -187,6 +193,21 @@ class WatchedLoader:
         if reason not in self._told:
             self._told.add(reason)
             logger.warning("%s; %s skip: another one takes its place", reason, KEY)
+
+
+def raise_if_killed(seconds: float = 5.0) -> None:
+    """Where a process of torch's data loader was killed, or is within this time found to be: torch looks at them only when no
+    batch comes, and one that dies while it hands over a batch breaks the connection first.
+
+    Raises:
+        RuntimeError: torch's, with its number and the signal.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        _error_if_any_worker_fails()
+        if time.monotonic() > end:
+            return
+        time.sleep(0.05)
 
 
 class ReadableLoader:
