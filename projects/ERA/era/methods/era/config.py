@@ -120,7 +120,8 @@ def add_config(cfg: CfgNode) -> None:
     # how many the KD loss looks; 0 = all. e_0 is judged on all of them, which costs little.
     _C.MODEL.ERA.TWI.PROPOSALS_PER_IMAGE = 128
     # Of a teacher with a cascade of box heads, which judge: all, each on the boxes that it would see, the mean of what they
-    # say; or the first, on the sampled proposals. One and the same where there is one head.
+    # say, at as many passes of a box head as there are stages; or the first, on the sampled proposals. One and the same where
+    # there is one head.
     _C.MODEL.ERA.TWI.STAGES = ALL_STAGES
     # Moved in 0.2: with this in the place of the key, an old config is told so.
     cfg.register_renamed_key(
