@@ -12,7 +12,7 @@ from era.config import load_config
 from era.errors import UserError
 from era.modeling.detectors import Predictions, detector_of
 from era.modeling.detectors.retinanet import RetinaNet
-from era.registry import forget_parts
+from era.registry import METHOD_REGISTRY, forget_parts
 
 FAMILIES = {"retinanet": "RetinaNet", "fcos": "FCOS"}
 SERVED = ("crosskd", "cwd", "fgd", "mgd", "mimic", "mtpd", "pkd", "residualkd", "reviewkd", "tred")
@@ -232,3 +232,16 @@ def test_a_head_of_other_activations_cannot_be_cut(monkeypatch):
         UserError, match="the student, a RetinaNet, has no head 'dense' that can be cut"
     ):
         build_model(cfg_of("crosskd", "retinanet"))
+
+
+@pytest.mark.parametrize("name, node", [("CrossKD", "CROSSKD"), ("ERA", "ERA.TWI")])
+def test_weights_of_heads_that_the_student_lacks_are_no_losses_without_labels(name, node):
+    """They are 1 by default, and ask for nothing of a Faster R-CNN."""
+    keys = {"ERA.TWI": ("SOFT_RPN_WEIGHT", "SOFT_ROI_WEIGHT")}.get(
+        node, [f"{part}_{term}_WEIGHT" for part in ("RPN", "ROI") for term in ("CLASS", "BOX")]
+    )
+    off = [x for key in keys for x in (f"MODEL.{node}.{key}", 0.0)]
+    off += ["MODEL.ERA.FEATURE_WEIGHT", 0.0, "MODEL.ERA.RESIDUAL_WEIGHT", 0.0]
+    method = METHOD_REGISTRY.get(name)
+    assert method.needs(cfg_of("crosskd", "rcnn", None, *off)).labels
+    assert not method.needs(cfg_of("crosskd", "retinanet", None, *off)).labels

@@ -18,6 +18,7 @@ from era.errors import UserError
 from era.losses import at_least_float32, channel_moments, standardised
 from era.methods.base import Method, Needs
 from era.methods.checks import check_levels, check_weights
+from era.methods.shared import parts_of_student
 from era.modeling.detectors import Detector
 from era.modeling.step import Step
 from era.modeling.teacher import Teacher
@@ -113,8 +114,9 @@ class CrossKD(Method):
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
         """The teacher, and no labels."""
-        weights = _weights(cfg)
-        return Needs(labels=not any(w > 0 for own in weights.values() for w in own.values()))
+        parts = parts_of_student(cfg)
+        weights = (w for part, own in _weights(cfg).items() if part in parts for w in own.values())
+        return Needs(labels=not any(w > 0 for w in weights))
 
     @configurable
     def __init__(

@@ -6,10 +6,13 @@ import logging
 import math
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from era.checkpoint.part import load_part
+from era.config import student_config
+from era.modeling.detectors import known_family
 from era.modeling.teacher import Teacher
 
 NORMS = ("BN", "SyncBN", "GN")  # what norm_layer makes
@@ -51,6 +54,12 @@ def load_frozen_part(
     else:
         logger.warning("Like the teacher, what %s would name has RANDOM weights.", what)
     module.requires_grad_(False)
+
+
+def parts_of_student(cfg: CfgNode) -> tuple[str, ...]:
+    """Parts of the heads of the student's family, as far as the config tells; a teacher whose heads judge has the same."""
+    family = known_family(student_config(cfg))
+    return family.parts if family else ()
 
 
 def mean_over_processes(values: Tensor) -> Tensor:

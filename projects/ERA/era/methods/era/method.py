@@ -28,6 +28,7 @@ from era.methods.era.losses import feature_terms
 from era.methods.era.mbrnet import FeatureEstimator, MBRNet
 from era.methods.era.standardise import TeacherDeviation, emphasis
 from era.methods.era.twi import SoftJudges, ends, judge_weights, judgements
+from era.methods.shared import parts_of_student
 from era.modeling.detectors import Detector
 from era.modeling.detectors.recording import ALL_POSITIONS
 from era.modeling.step import Step
@@ -141,9 +142,9 @@ class ERA(Method):
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
         """The teacher; at inference too if ``MODEL.ERA.ALPHA`` is above 0. Labels if TWI alone is on."""
-        era = cfg.MODEL.ERA
+        era, parts = cfg.MODEL.ERA, parts_of_student(cfg)
         free = (era.FEATURE_WEIGHT, era.RESIDUAL_WEIGHT, era.KD_WEIGHT,
-                *(era.TWI[key] for _, key in config.TWI_WEIGHTS.values()),
+                *(era.TWI[key] for part, (_, key) in config.TWI_WEIGHTS.items() if part in parts),
                 era.ROI.FEATURE_WEIGHT, era.ROI.RESIDUAL_WEIGHT, era.ROI.SOFT_WEIGHT)  # fmt: skip
         return Needs(teacher_at_inference=era.ALPHA > 0, labels=not any(w > 0 for w in free))
 
