@@ -3,7 +3,7 @@ batches of every kind, and what they refuse."""
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_cfg, tiny_model
+from builders import TOY, batch, losses_of, tiny_cfg, tiny_model
 from detectron2.utils.events import EventStorage
 
 from era.errors import UserError
@@ -196,12 +196,10 @@ def test_eras_own_term_refuses_them_too():
 
 
 @each_method
-def test_a_teacher_whose_heads_take_no_proposals_is_refused(name):
-    heads = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]  # fmt: skip
-    with pytest.raises(
-        UserError, match=rf"teacher has RPN and CascadeROIHeads.*{name} needs an RPN"
-    ):
-        tiny_model("era", *on(name), teacher_opts=heads)
+def test_a_teacher_whose_classes_are_no_distribution_is_refused(name):
+    dense = ["MODEL.TEACHER.CONFIG_FILE", str(TOY / "retinanet_teacher.yaml")]
+    with pytest.raises(UserError, match=rf"RetinaNet.*independent sigmoids.*{name} needs a softmax"):
+        tiny_model("era", *on(name), *dense)
 
 
 def test_a_student_without_the_teachers_levels_is_refused():
