@@ -144,6 +144,7 @@ CASES = {
     "unknown dataset": (["DATASETS.TRAIN", "('nowhere',)"], ["nowhere", "DATASETS.COCO_FORMAT"]),
     "no iterations": (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0", "1 or more"]),
     "a learning rate below 0": (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR is -0.1"]),
+    "a cosine of no height": (["SOLVER.BASE_LR", "0.0"], ["SOLVER.BASE_LR is 0", "WarmupMultiStepLR"]),
     "a learning rate of NaN": (["SOLVER.BASE_LR", "nan"], ["SOLVER.BASE_LR"]),
     "an endless learning rate": (["SOLVER.BASE_LR", "1e999"], ["SOLVER.BASE_LR is inf"]),
     "a momentum above 1": (["SOLVER.MOMENTUM", "1.5"], ["SOLVER.MOMENTUM is 1.5", "0 to 1"]),

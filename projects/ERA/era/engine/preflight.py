@@ -108,6 +108,11 @@ def check_schedule(cfg: CfgNode) -> None:
             f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}: expected one of "
             f"{', '.join(SCHEDULES)}."
         )
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR" and cfg.SOLVER.BASE_LR == 0:
+        raise UserError(
+            "SOLVER.BASE_LR is 0, by which WarmupCosineLR divides: expected a rate above 0; set it so, or choose "
+            "WarmupMultiStepLR (SOLVER.LR_SCHEDULER_NAME) to train nothing but statistics."
+        )
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if not sizes or any(type(size) is not int or size < 0 for size in sizes):
         raise UserError(
