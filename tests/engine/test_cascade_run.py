@@ -27,7 +27,7 @@ def run(tiny_data, tmp_path_factory):
     done = run_tool(
         "train_net.py",
         *cli(tiny_data, folder, *TEACHER, *MASKS, *teacher, "SOLVER.MAX_ITER", "20", "SEED", "5",
-             "TEST.EVAL_TEACHER", "True", config="cascade_era"),
+             "TEST.EVAL_TEACHER", "True", "MODEL.ERA.TWI.STAGES", "all", config="cascade_era"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
@@ -92,7 +92,7 @@ def test_rows_of_the_benchmark(tmp_path):
         str(tmp_path / "r.json"),
     ]
     opts = [*TINY, "MODEL.TEACHER.OPTS", str(TINY_TEACHER), "MODEL.ERA.HIDDEN_CHANNELS", "4"]
-    wanted = ["ERA", "ERA, as defined", "ERA, the first stage judges alone", "inference: alpha 1"]
+    wanted = ["ERA", "ERA, as defined", "ERA, all stages judge", "inference: alpha 1"]
     rows = [x for name in wanted for x in ("--rows", name)]
     benchmark_main([*flags, *rows, *opts, *TEACHER])
     measured = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}

@@ -198,7 +198,9 @@ def test_eras_own_term_refuses_them_too():
 @each_method
 def test_a_teacher_whose_classes_are_no_distribution_is_refused(name):
     dense = ["MODEL.TEACHER.CONFIG_FILE", str(TOY / "retinanet_teacher.yaml")]
-    with pytest.raises(UserError, match=rf"RetinaNet.*independent sigmoids.*{name} needs a softmax"):
+    with pytest.raises(
+        UserError, match=rf"RetinaNet.*independent sigmoids.*{name} needs a softmax"
+    ):
         tiny_model("era", *on(name), *dense)
 
 

@@ -110,8 +110,8 @@ def rows(method: type[Method], cfg: CfgNode) -> dict[str, Builder]:
         found["e_0 and e_N judged alone"] = with_keys("TWI.ESTIMATES", ENDS)
     judges = family_of(student_config(teacher_config(cfg)))
     has_stages = judges.first_stage is not Detector.first_stage
-    if has_stages and era.TWI.STAGES == ALL_STAGES:
-        found["the first stage judges alone"] = with_keys("TWI.STAGES", FIRST_STAGE)
+    if has_stages and era.TWI.STAGES == FIRST_STAGE:
+        found["all stages judge"] = with_keys("TWI.STAGES", ALL_STAGES)
     if era.STANDARDIZE == RAW:
         found["with a standardised target"] = with_keys("STANDARDIZE", BY_TEACHER)
     else:
