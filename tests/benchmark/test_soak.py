@@ -153,7 +153,9 @@ def test_a_short_real_run(tiny_data, tmp_path, monkeypatch, capsys):
     (run,) = json.loads((tmp_path / "soak.json").read_text())["runs"]
     assert [sample["iterations"] for sample in run["samples"]] == [20, 40, 60, 80]
     assert {sample["processes"] for sample in run["samples"]} == {2}  # with the loader's
-    assert run["status"] == 0 and run["faults"] == [] and run["rises"]["handles"] == 0.0
+    assert (
+        run["status"] == 0 and run["faults"] == [] and run["rises"]["handles"] < BOUNDS["handles"]
+    )  # may fall
     assert "flat: nothing rises" in shown and "rise over the run" in shown
     folder = tmp_path / "soak" / "one_process"
     assert (folder / "student" / "model_final.pth").is_file()
@@ -184,10 +186,10 @@ def test_growth_in_a_run_is_exit_status_1(tmp_path, monkeypatch, capsys):
     assert "one process: handles rises by 100.0 (expected below 1)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("processes, faults", [(1, 1), (2, 0)])
-def test_memory_may_rise_by_so_much_a_process(processes, faults):
-    rise = 1.5 * BOUNDS["memory"]
-    samples = {i: Usage(rise * i / 200, 0.0, 5, 1, processes) for i in range(20, 200, 20)}
+@pytest.mark.parametrize("part, faults", [(0.9, 0), (1.5, 1)])
+def test_memory_of_all_processes_may_rise_by_so_much(part, faults):
+    rise = part * BOUNDS["memory"]
+    samples = {i: Usage(rise * i / 200, 0.0, 5, 1, 8) for i in range(20, 200, 20)}
     found = Soak("run", 200, samples=samples).faults()
     assert len(found) == faults
     assert not found or found[0] == "memory rises by 48.0 MiB (expected below 32 MiB)"

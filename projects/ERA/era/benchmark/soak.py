@@ -28,16 +28,16 @@ threads, processes), and say whether any of it grows. Then a shorter run of two 
 processes each. The runs are those of tools/train_net.py, with ten evaluations and ten checkpoints in each; their
 teacher is trained for a few steps before.
 
-Flat: the rise over the whole run at the rate of its last half (Theil and Sen's slope) stays below 32 MiB of memory
-and 8 MiB of shared memory a process, and below one handle, thread and process.
+Flat: the rise over the whole run at the rate of its last half (Theil and Sen's slope) stays, of all processes together,
+below 32 MiB of memory and 8 MiB of shared memory, and below one handle, thread and process.
 """
 EPILOG = """\
 exit status: 0 all of it is flat and both runs ended well; 1 not; 2 a mistake in the command, in one sentence.
 
 Trailing KEY VALUE pairs override the config of the runs, not of the teacher.
 """
-# What each must stay below that rises over a run: MiB for each of its processes (an evaluation's first calls leave a
-# few in a heap), and not one handle, thread or process more.
+# What each must stay below that rises over a run, of all its processes together: some MiB, for the first evaluations
+# leave a few in a heap, and not one handle, thread or process more.
 BOUNDS = {"memory": 32.0, "shared": 8.0, "handles": 1.0, "threads": 1.0, "processes": 1.0}
 UNITS = {"memory": " MiB", "shared": " MiB"}
 PERIOD = 20  # steps from one line of metrics.json to the next: a sample is taken when one appears
@@ -83,9 +83,8 @@ class Soak:
         found = [f"exit status {self.status}"] if self.status else []
         if len(self.samples) < 4:
             return [*found, f"only {len(self.samples)} samples were taken", *self.left]
-        processes = max(usage.processes for usage in self.samples.values())
         for name, rise in self.rises().items():
-            bound = BOUNDS[name] * (processes if name in UNITS else 1)
+            bound = BOUNDS[name]
             if rise >= bound:
                 unit = UNITS.get(name, "")
                 found.append(f"{name} rises by {rise:.1f}{unit} (expected below {bound:g}{unit})")
@@ -149,7 +148,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default=2000,
         help="of one process (default: %(default)s); 0 = no such run",
     )
-    add("--iterations-of-two", type=int, default=200, metavar="N",
+    add("--iterations-of-two", type=int, default=600, metavar="N",
         help="of two processes (default: %(default)s); 0 = no such run")  # fmt: skip
     add("--teacher-iterations", type=int, default=100, metavar="N",
         help="0 = the config's MODEL.TEACHER.WEIGHTS (default: %(default)s)")  # fmt: skip
