@@ -154,7 +154,7 @@ def test_a_study_is_a_name_or_a_path(tmp_path):
     (tmp_path / "mine.yaml").touch()
     assert find_plan(str(tmp_path / "mine.yaml"), REPO) == tmp_path / "mine.yaml"
     with pytest.raises(
-        UserError, match=r"no study 'part': name one of ablations, coco, demo, equal_time"
+        UserError, match=r"no study 'part': name one of ablations, cascade, coco, demo"
     ):
         main(["part"], root=REPO)
 
