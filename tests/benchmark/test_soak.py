@@ -133,7 +133,9 @@ def test_a_short_real_run(tiny_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
     monkeypatch.setattr(soak, "POLL_SECONDS", 0.05)
     monkeypatch.setitem(BOUNDS, "memory", 400.0)  # four samples of a process that has just begun
-    monkeypatch.setitem(BOUNDS, "handles", 400.0)  # of batches on their way from a loader: some, as it happens
+    monkeypatch.setitem(
+        BOUNDS, "handles", 400.0
+    )  # of batches on their way from a loader: some, as it happens
     _, file, *opts = cli(tiny_data, tmp_path / "not here")
     del opts[opts.index("OUTPUT_DIR") :]
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
