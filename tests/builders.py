@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import era  # noqa: F401 - registers the models
@@ -54,6 +54,19 @@ HARD_ERA = [
     "MODEL.ERA.TWI.SOFT_ROI_WEIGHT", "0.0",
     "MODEL.ERA.TWI.SOFT_DENSE_WEIGHT", "0.0",
     "MODEL.ERA.TWI.SOFT_POSITIONS", "all",
+]  # fmt: skip
+
+# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch of as many objects
+# an image are the mean of its images' losses.
+NOTHING_SAMPLED = [
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
+    "MODEL.RESNETS.NORM", "FrozenBN",
+]  # fmt: skip
+MASKS = [
+    "MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8",
 ]  # fmt: skip
 
 
@@ -113,6 +126,14 @@ def batch(objects=(2, 1), *, size=(64, 64), seed: int = 0, num_classes: int = 8)
         instances.gt_classes = torch.randint(0, num_classes, (count,), generator=generator)
         image = torch.randint(0, 256, (3, height, width), generator=generator).float()
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def masked_batch(objects, seed: int = 0) -> list[dict]:
+    """As :func:`batch`, every object with a mask of all of its image."""
+    inputs = batch(objects, seed=seed)
+    for item in inputs:
+        item["instances"].gt_masks = BitMasks(torch.ones(len(item["instances"]), 64, 64))
     return inputs
 
 

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from builders import TINY, TOY, batch, losses_of, tiny_cfg, tiny_model, train_history
+from builders import (
+    MASKS,
+    TINY,
+    TOY,
+    batch,
+    losses_of,
+    masked_batch,
+    tiny_cfg,
+    tiny_model,
+    train_history,
+)
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks
 from torch import nn
 
 from era.config import load_config, student_config
@@ -16,10 +25,6 @@ from era.modeling.detectors import Recording, detector_of, family_of
 from era.modeling.detectors.rcnn import RCNN
 from era.registry import METHOD_REGISTRY, methods_of, set_alpha
 
-MASKS = [
-    "MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
-    "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8",
-]  # fmt: skip
 ZERO = [
     "MODEL.ERA.FEATURE_WEIGHT", "0.0", "MODEL.ERA.RESIDUAL_WEIGHT", "0.0",
     "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0",
@@ -42,13 +47,6 @@ def register():
     yield add
     for name in names:
         METHOD_REGISTRY._obj_map.pop(name)
-
-
-def masked_batch(objects, seed=0):
-    inputs = batch(objects, seed=seed)
-    for item in inputs:
-        item["instances"].gt_masks = BitMasks(torch.ones(len(item["instances"]), 64, 64))
-    return inputs
 
 
 @pytest.mark.parametrize("opts", [[], MASKS], ids=["Faster R-CNN", "Mask R-CNN"])

@@ -5,21 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_cfg, tiny_model
+from builders import NOTHING_SAMPLED, batch, losses_of, tiny_cfg, tiny_model
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from era.registry import METHOD_REGISTRY
 
-# Nothing is sampled: all anchors, as many proposals from every image and as many objects, so that the task losses of
-# a batch are the mean of its images'.
-ALL_SAMPLES = [
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
-    "MODEL.RESNETS.NORM", "FrozenBN",
-]  # fmt: skip
 OPTIONS = {
     "ERA": ["MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0"],
     "CRLD": ["MODEL.CRLD.CONFIDENCE_WEAK", "0.0", "MODEL.CRLD.CONFIDENCE_STRONG", "0.0"],
@@ -45,7 +37,7 @@ IMAGES = batch((2, 2), seed=4)
 
 def step_of(name, inputs):
     """Losses of a step, and the gradient of every weight that is trained, averaged over processes if there are two."""
-    options = ["MODEL.DISTILLER.METHODS", f"('{name}',)", *ALL_SAMPLES, *OPTIONS.get(name, [])]
+    options = ["MODEL.DISTILLER.METHODS", f"('{name}',)", *NOTHING_SAMPLED, *OPTIONS.get(name, [])]
     if "p2" in tiny_cfg().MODEL[name.upper()].get("LEVELS", []):  # the toy pyramid begins at p3
         options += [f"MODEL.{name.upper()}.LEVELS", "['p3', 'p4', 'p5']"]
     model = tiny_model("era", *options)

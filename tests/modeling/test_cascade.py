@@ -4,11 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import TINY, TOY, batch, losses_of, tiny_cfg, tiny_model, train_history
+from builders import (
+    MASKS,
+    NOTHING_SAMPLED,
+    TINY,
+    TOY,
+    batch,
+    losses_of,
+    masked_batch,
+    tiny_cfg,
+    tiny_model,
+    train_history,
+)
 from detectron2.config import get_cfg
 from detectron2.engine import launch
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
@@ -23,10 +33,6 @@ from era.modeling.detectors.rcnn import RCNN
 OBJECTS = pytest.mark.parametrize(
     "objects", [(2, 3), (2, 0), (0, 0)], ids=["full", "half", "empty"]
 )
-MASKS = [
-    "MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
-    "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8",
-]  # fmt: skip
 ZERO = [
     "MODEL.ERA.FEATURE_WEIGHT", "0.0", "MODEL.ERA.RESIDUAL_WEIGHT", "0.0",
     "MODEL.ERA.TWI.RPN_WEIGHT", "0.0", "MODEL.ERA.TWI.ROI_WEIGHT", "0.0",
@@ -34,13 +40,6 @@ ZERO = [
 # A cascade as the teacher of any distiller's config, and as the student.
 TEACHER = ["MODEL.TEACHER.CONFIG_FILE", str(TOY / "cascade_teacher.yaml")]
 STUDENT = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]  # fmt: skip
-
-
-def masked_batch(objects, seed=0):
-    inputs = batch(objects, seed=seed)
-    for item in inputs:
-        item["instances"].gt_masks = BitMasks(torch.ones(len(item["instances"]), 64, 64))
-    return inputs
 
 
 def lively_cascade(seed: int = 0, *opts):
@@ -504,14 +503,9 @@ def test_a_config_that_fits_no_cascade_is_said(opts, message):
 
 # ---- two processes --------------------------------------------------------------------------------
 
-# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch are the mean of
-# its images' losses.
 EVERYTHING = [
     *TEACHER, *SOFT, "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0",
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
-    "MODEL.RESNETS.NORM", "FrozenBN",
+    *NOTHING_SAMPLED,
 ]  # fmt: skip
 IMAGES = batch((2, 2), seed=4)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import batch, losses_of, tiny_cfg, tiny_model
+from builders import NOTHING_SAMPLED, batch, losses_of, tiny_cfg, tiny_model
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -354,17 +354,12 @@ def test_neutral_values_are_values_of_keys_and_bring_no_weight():
 
 # ---- everything at once, in two processes -----------------------------------------------------------
 
-# Nothing is sampled: all anchors, and as many proposals from every image, so that losses of a batch are the mean of
-# its images' losses.
 EVERYTHING = [
     *PROJECTION, *WEIGHTED, "MODEL.ERA.CONTEXT_KERNEL", "3", "MODEL.ERA.ZERO_START", "True",
     "MODEL.ERA.TWI.PROPOSALS_PER_IMAGE", "0", "MODEL.ERA.ROI.NORM", "none",
     "MODEL.ERA.ROI.FEATURE_WEIGHT", "1.0", "MODEL.ERA.ROI.RESIDUAL_WEIGHT", "1.0",
     "MODEL.ERA.ROI.TWI_WEIGHT", "1.0", "MODEL.ERA.ROI.SOFT_WEIGHT", "1.0",
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN", "12", "MODEL.RPN.NMS_THRESH", "1.0",
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "MODEL.RPN.POSITIVE_FRACTION", "1.0",
-    "MODEL.RESNETS.NORM", "FrozenBN",
+    *NOTHING_SAMPLED,
 ]  # fmt: skip
 IMAGES = batch((2, 2), seed=4)
 
