@@ -12,7 +12,7 @@ from torch import nn
 from era.checkpoint.finite import check_finite, largest
 from era.checkpoint.reading import SafeCheckpointer
 from era.checkpoint.student import save_plain_student
-from era.config import validate_config
+from era.config import load_config, validate_config
 from era.engine import watch
 from era.engine.guard import (
     Buffers,
@@ -140,6 +140,20 @@ def test_bounds_that_bound_nothing_are_refused(key, value):
     node[name] = NAN if "nan" in value else float(value)
     with pytest.raises(UserError, match=key):
         validate_config(cfg)
+
+
+@pytest.mark.parametrize("key", ["SOLVER.MAX_LOSS", "MODEL.DISTILLER.MAX_TASK_RATIO"])
+def test_no_bound_is_said_alike_in_a_file_and_on_the_command_line(key, tmp_path):
+    """As the refusal of other values names it."""
+    section, name = key.rsplit(".", 1)
+    file = tmp_path / "c.yaml"
+    file.write_text("".join(f"{'  ' * i}{part}:\n" for i, part in enumerate(section.split(".")))
+                    + "  " * (section.count(".") + 1) + f"{name}: .inf\n")  # fmt: skip
+    for cfg in (load_config(str(file)), load_config("", [key, ".inf"])):
+        validate_config(cfg)
+        for part in section.split("."):
+            cfg = cfg[part]
+        assert cfg[name] == float("inf")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

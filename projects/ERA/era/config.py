@@ -7,6 +7,7 @@ Every other key belongs to a method or to a family of detectors that Detectron2 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -195,8 +196,8 @@ def merge_config(
                 f"{what} {config_file} is not a config that can be read ({_first_line(e)}): expected "
                 f"YAML with the keys of Detectron2 and of this project; {_remedy(e)}."
             ) from e
-    try:
-        cfg.merge_from_list(list(opts))
+    try:  # .inf is YAML's; a text that is no Python literal stays a text
+        cfg.merge_from_list([math.inf if opt == ".inf" else opt for opt in opts])
     except Exception as e:  # so can a text that is read as Python's literals
         raise UserError(
             f"{opts_what} has overrides that do not fit ({_first_line(e)}): expected pairs of an "
