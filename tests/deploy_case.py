@@ -15,7 +15,7 @@ from era.config import load_config, student_config
 from era.deploy import formats, parity
 from era.deploy.export import export
 from era.deploy.source import Source, load_source
-from era.modeling.detectors import family_of
+from era.modeling.detectors import detector_of, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 96
@@ -47,9 +47,12 @@ def enliven(model, seed: int) -> None:
             if hasattr(model.head, "ctrness"):
                 model.head.ctrness.weight.normal_(0, 0.1, generator=draw)
             return
-        head = model.roi_heads.box_predictor
-        head.cls_score.weight.normal_(0, 1.0, generator=draw)
-        head.bbox_pred.weight.normal_(0, 0.02, generator=draw)
+        stages = detector_of(model).box_stages
+        for stage in stages:
+            stage.predictor.cls_score.weight.normal_(0, 1.0, generator=draw)
+            # The stages of a cascade are to move boxes.
+            moves = 0.1 if len(stages) > 1 else 0.02
+            stage.predictor.bbox_pred.weight.normal_(0, moves, generator=draw)
         model.proposal_generator.rpn_head.objectness_logits.weight.normal_(0, 0.5, generator=draw)
         if model.roi_heads.mask_on:
             model.roi_heads.mask_head.predictor.weight.normal_(0, 0.5, generator=draw)

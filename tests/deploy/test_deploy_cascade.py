@@ -1,14 +1,12 @@
 """Export of a Cascade R-CNN, and of a Faster R-CNN under a cascade's heads."""
 
-import functools
 import json
-import tempfile
 from pathlib import Path
 
+import deploy_case
 import numpy as np
 import pytest
-import torch
-from deploy_case import FOLDER, ROOT, SMALL, needs, quiet_source
+from deploy_case import needs, run
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -20,7 +18,6 @@ from era.deploy.export import export
 from era.errors import UserError
 from era.modeling.detectors import detector_of
 
-CONFIGS = ROOT / "configs" / "toy"
 # What is exported: the run's config, and alpha.
 CASES = {
     "cascade": ("cascade_era", 0),
@@ -29,61 +26,14 @@ CASES = {
 }
 
 
-def enliven(model, seed: int) -> None:
-    """Random heads that tell images apart, and stages that move boxes."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for stage in detector_of(model).box_stages:
-            stage.predictor.cls_score.weight.normal_(0, 1.0, generator=draw)
-            stage.predictor.bbox_pred.weight.normal_(0, 0.1, generator=draw)
-        model.proposal_generator.rpn_head.objectness_logits.weight.normal_(0, 0.5, generator=draw)
-
-
-@functools.cache
-def run(config: str) -> Path:
-    """OUTPUT_DIR of a distilled run of a toy config, its cascade of a teacher beside it."""
-    torch.manual_seed(0)
-    folder = Path(tempfile.mkdtemp(dir=FOLDER))
-    teacher = build_model(load_config(str(CONFIGS / "cascade_teacher.yaml"), SMALL))
-    enliven(teacher, 5)
-    torch.save({"model": teacher.state_dict()}, folder / "teacher.pth")
-    cfg = load_config(
-        str(CONFIGS / f"{config}.yaml"),
-        [*SMALL, "MODEL.TEACHER.CONFIG_FILE", str(CONFIGS / "cascade_teacher.yaml"),
-         "MODEL.TEACHER.OPTS", SMALL, "MODEL.TEACHER.WEIGHTS", str(folder / "teacher.pth")],
-    )  # fmt: skip
-    model = build_model(cfg)
-    enliven(model.student, 2)
-    with torch.no_grad():
-        for parameter in model.methods.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
-    (folder / "config.yaml").write_text(cfg.dump())
-    return folder
-
-
-@functools.cache
 def source(case: str):
     """A run's student, see :func:`deploy_case.quiet_source`."""
     config, alpha = CASES[case]
-    return quiet_source(run(config), alpha)
+    return deploy_case.source(alpha, config)
 
 
-def cells():
-    """Formats by cases; what alpha 1 adds is in some formats alone, and OpenVINO is converted from the ONNX."""
-    left_out = {
-        ("cascade under a cascade's heads", name) for name in ("torchscript", "openvino", "onnx")
-    }
-    left_out |= {
-        ("Faster R-CNN under a cascade's heads", name) for name in ("detectron2", "openvino")
-    }
-    for param in map(needs, formats.FORMATS):
-        for case in CASES:
-            if (case, param.values[0]) not in left_out:
-                yield pytest.param(*param.values, case, marks=param.marks)
-
-
-@pytest.mark.parametrize(("name", "case"), list(cells()))
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", map(needs, formats.FORMATS))
 def test_export_equals_eager_at_many_sizes_and_on_an_empty_image(name, case, tmp_path):
     report = export(source(case), name, str(tmp_path / "folder"))
     assert report.problems == []

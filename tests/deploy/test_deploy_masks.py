@@ -92,6 +92,19 @@ def test_exported_masks_equal_eager_at_many_sizes_and_on_an_empty_image(name):
         assert found.masks.any()
 
 
+@pytest.mark.parametrize("name", [needs(name) for name in ("torchscript", "onnx")])
+def test_masks_of_a_cascade_equal_eager(name, tmp_path):
+    """The mask head reads the boxes of the last stage."""
+    cascade = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+    cascade += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
+    report = export(quiet_source(mask_run(*cascade)), name, str(tmp_path / "folder"))
+    assert report.problems == []
+    assert sum(one.eager for one in report.cases) > 10
+    assert max(one.box_difference for one in report.cases) < 0.005
+    assert max(one.mask_difference for one in report.cases) < 0.001
+    assert min(one.mask_iou for one in report.cases) > 0.999
+
+
 def test_detectron2_folder_predicts_the_masks_of_the_default_predictor():
     folder, _ = mask_exported("detectron2")
     cfg = get_cfg()
