@@ -1,4 +1,4 @@
-"""Every method in two processes: no weight without a gradient, equal gradients, and what one process has of both
+"""Every method in two processes, and the first runs of those that first train a part of their own: no weight without a gradient, equal gradients, and what one process has of both
 images, but for the terms whose docstrings say that they follow from how a batch is split."""
 
 from pathlib import Path
@@ -17,8 +17,8 @@ OPTIONS = {
     "CRLD": ["MODEL.CRLD.CONFIDENCE_WEAK", "0.0", "MODEL.CRLD.CONFIDENCE_STRONG", "0.0"],
     "ReviewKD": ["MODEL.REVIEWKD.NORM", "GN"],
     "DSKD": ["MODEL.DSKD.FC_DIM", "16"],
-    "SSKD": ["MODEL.SSKD.STAGE", "head"],
-    "TRED": ["MODEL.TRED.STAGE", "disentangle"],
+    "SSKD, its head": ["MODEL.SSKD.STAGE", "head"],
+    "TRED, its parts": ["MODEL.TRED.STAGE", "disentangle"],
 }
 # Statistics over what a process has of a batch.
 SPLIT = {
@@ -29,15 +29,17 @@ SPLIT = {
     "CrossKD": "scale of the student's maps, and normalisers by what the teacher sees",
     "ResidualKD": "BatchNorm of the assistant, over the images of a process",
     "SSKD": "an object is compared with the others of its process",
-    "TRED": "distances between the rows of a process",
+    "SSKD, its head": "an object is compared with the others of its process",
+    "TRED, its parts": "distances between the rows of a process",
 }
-METHODS = sorted(name for name, _ in METHOD_REGISTRY)
+METHODS = sorted({name for name, _ in METHOD_REGISTRY} | OPTIONS.keys())
 IMAGES = batch((2, 2), seed=4)
 
 
-def step_of(name, inputs):
+def step_of(row, inputs):
     """Losses of a step, and the gradient of every weight that is trained, averaged over processes if there are two."""
-    options = ["MODEL.DISTILLER.METHODS", f"('{name}',)", *NOTHING_SAMPLED, *OPTIONS.get(name, [])]
+    name = row.partition(",")[0]
+    options = ["MODEL.DISTILLER.METHODS", f"('{name}',)", *NOTHING_SAMPLED, *OPTIONS.get(row, [])]
     if "p2" in tiny_cfg().MODEL[name.upper()].get("LEVELS", []):  # the toy pyramid begins at p3
         options += [f"MODEL.{name.upper()}.LEVELS", "['p3', 'p4', 'p5']"]
     model = tiny_model("era", *options)
