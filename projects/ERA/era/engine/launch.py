@@ -1,57 +1,51 @@
-"""What ``tools/train_net.py`` does: set up, check everything that can be checked first, then run."""
+"""What ``tools/train_net.py`` does: set up, check everything that can be checked first, then start the processes or be one."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
-import re
-import signal
+import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.utils import comm
+from detectron2.engine import default_argument_parser
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessRaisedException
 
-from era import compat
-from era.checkpoint.writing import cannot_be_written
-from era.data.pictures import UnreadablePicture
-from era.engine.evaluation import evaluate, evaluate_teacher
-from era.engine.preflight import (
-    build_for_evaluation,
-    check_data,
-    preflight,
-    setup_config,
+from era.engine.launchers import TORCHRUN, Place, take_place
+from era.engine.one_process import (
+    EXIT_FAILED,
+    EXIT_USER_ERROR,
+    has_lost_another,
+    killed_sentence,
+    run_process,
 )
-from era.engine.processes import Launch, Outcome, is_stop, run_processes, stopped_sentence
-from era.engine.stopping import (
-    EXIT_SIGNAL,
-    STOP_SIGNALS,
-    Stopped,
-    how_to_go_on,
-    name_of,
-    stop_signals,
+from era.engine.preflight import preflight, setup_config
+from era.engine.processes import (
+    GRACE_SECONDS,
+    Launch,
+    Outcome,
+    end_with,
+    is_stop,
+    run_processes,
+    stopped_sentence,
+    take_part,
 )
-from era.engine.trainer import Trainer
+from era.engine.stopping import EXIT_SIGNAL, STOP_SIGNALS, Stopped, how_to_go_on, stop_signals
 from era.errors import UserError
 from era.methods.listing import methods_table
-from era.modeling.distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
-EXIT_USER_ERROR = 2
-EXIT_FAILED = 1
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's part of it
 PORT_ATTEMPTS = 5
 
 EPILOG = """
 examples:
   distil on 8 GPUs:        %(prog)s --config-file configs/era_r101_r50.yaml --num-gpus 8
+  by torchrun, or SLURM:   torchrun --nproc-per-node 8 %(prog)s --config-file ...     (srun python %(prog)s ...)
   the same on one GPU:     %(prog)s --config-file configs/era_r101_r50.yaml SOLVER.ACCUMULATION_STEPS 8
   on the CPU, shortened:   %(prog)s --config-file configs/toy/era.yaml SOLVER.MAX_ITER 20
   go on after a stop:      %(prog)s --config-file ... --resume
@@ -77,6 +71,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # whoever read the output has enough of it, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -122,17 +119,38 @@ def train_net(argv: list[str] | None = None) -> None:
     """
     parser = argument_parser()
     args = parser.parse_args(argv)
-    if args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
+    place = take_place(args, parser)
+    if place is None and args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
         args.dist_url = "auto"  # Detectron2's own default is one port for all runs of a user
-    setup_logger(name="era")
+    setup_logger(name="era", distributed_rank=place.rank if place else 0)
     try:
-        with stop_signals(args.stop_signals):
-            cfg = setup_config(args)
-            preflight(cfg, args)
-            launch_processes(run_process, args)
+        with stop_signals(args.stop_signals, in_worker=place is not None):
+            with _told_by_the_first(place):
+                cfg = setup_config(args)
+                preflight(cfg, args)
+            if place is None or args.num_gpus * args.num_machines == 1:
+                launch_processes(run_process, args)
+            else:
+                join_processes(run_process, args, place)
     except Stopped as e:
-        print(e, file=sys.stderr)
+        if place is None or place.rank == 0:
+            print(e, file=sys.stderr)
         sys.exit(e.status)
+
+
+@contextmanager
+def _told_by_the_first(place: Place | None):
+    """A mistake that all processes of this machine meet is told by its first one, which then has the others ended."""
+    try:
+        yield
+    except UserError as e:
+        if place is None or place.local_rank == 0:
+            raise
+        try:
+            time.sleep(GRACE_SECONDS)
+        except Stopped:
+            sys.exit(EXIT_USER_ERROR)
+        raise UserError(f"rank {place.rank}: {e}") from e
 
 
 def launch_processes(
@@ -170,6 +188,40 @@ def launch_processes(
         return
 
 
+def join_processes(
+    function: Callable[[argparse.Namespace], object], args: argparse.Namespace, place: Place
+) -> None:
+    """Run ``function(args)`` as one of the processes that torchrun or srun started.
+
+    Args:
+        args: as :func:`~era.engine.launchers.take_place` left them.
+
+    Raises:
+        UserError: the processes cannot meet.
+        SystemExit: asked to stop, or another process is lost; told on standard error.
+    """
+    if place.launcher == TORCHRUN:  # what srun starts is SLURM's to end
+        end_with(os.getppid())
+    how = Launch(
+        args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args.stop_signals
+    )
+    try:
+        take_part(place.local_rank, function, (args,), how)
+        return
+    except RuntimeError as e:
+        if not has_lost_another(e):
+            if dist.is_initialized():
+                raise
+            raise _cannot_meet(place.url, str(e).strip().splitlines()[0][:200]) from e
+    # The error is gone here, and with its frames the model.
+    print(
+        f"error: rank {place.rank} ends, because another process of the run has ended: {place.launcher} tells which. What was "
+        f"saved is whole. {how_to_go_on()}",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_FAILED)
+
+
 def _leave_as(outcome: Outcome, args: argparse.Namespace, *, is_taken: bool) -> None:
     """End this program as the processes of the run ended; return if they are done."""
     first, traceback = outcome.first, outcome.traceback
@@ -187,7 +239,8 @@ def _leave_as(outcome: Outcome, args: argparse.Namespace, *, is_taken: bool) -> 
     rank = args.machine_rank * args.num_gpus + first
     if code < 0:
         print(
-            f"error: {_killed(f'process {rank} of the run (rank {rank})', -code)}", file=sys.stderr
+            f"error: {killed_sentence(f'process {rank} of the run (rank {rank})', -code)}",
+            file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)
     if not traceback:  # it told what is wrong and left
@@ -198,134 +251,11 @@ def _leave_as(outcome: Outcome, args: argparse.Namespace, *, is_taken: bool) -> 
     if "init_process_group" not in traceback:
         raise raised
     reason = "the port is in use" if is_taken else traceback.strip().splitlines()[-1][:200]
-    raise UserError(
-        f"the processes cannot meet at --dist-url {args.dist_url} ({reason}): expected "
-        "tcp://HOST:PORT, a free port of machine 0 that all machines reach; name another, or "
-        "leave --dist-url out on a single machine."
-    ) from raised
+    raise _cannot_meet(args.dist_url, reason) from raised
 
 
-def _killed(who: str, number: int) -> str:
-    causes = {
-        signal.SIGKILL: "mostly by the system for want of memory, which `dmesg` tells: lower DATALOADER.NUM_WORKERS or "
-        "SOLVER.IMS_PER_BATCH",
-        signal.SIGBUS: "mostly because /dev/shm is full: make it larger or lower DATALOADER.NUM_WORKERS",
-    }
-    cause = causes.get(number, "which is a fault in native code, or somebody sent it")
-    return (
-        f"{who} was killed by {name_of(number)}, {cause}. The other processes of this machine are ended and what was "
-        f"saved is whole. {how_to_go_on()}"
+def _cannot_meet(url: str, reason: str) -> UserError:
+    return UserError(
+        f"the processes cannot meet at --dist-url {url} ({reason}): expected tcp://HOST:PORT, a free port of machine 0 "
+        "that all machines reach; name another, or leave --dist-url out on a single machine."
     )
-
-
-def run_process(args: argparse.Namespace) -> dict | None:
-    """One process of a run: train, or evaluate only. Called by the launcher in every process.
-
-    Returns:
-        The last evaluation's metrics on the main process.
-
-    Raises:
-        UserError: in a run of one process; one of several prints it.
-        SystemExit: training diverged, or a user's mistake in a run of several processes.
-    """
-    try:
-        with _full_disk_in_one_sentence():
-            results = _train_or_evaluate(args)
-        if dist.is_initialized():
-            compat.leave_process_group()
-        return results
-    except UserError as e:
-        if comm.get_world_size() == 1:
-            raise
-        if comm.is_main_process() or isinstance(e, UnreadablePicture):
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except RuntimeError as e:
-        if not (number := _loader_signal(e)):
-            raise
-        who = f"a process of the data loader of rank {comm.get_rank()}"
-        print(f"error: {_killed(who, number)}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except FloatingPointError as e:  # in all processes together, or in this one alone
-        if getattr(e, "is_told", True):
-            reason = " ".join(str(e).split())
-            print(
-                f"error: training diverged: {reason}; nothing was saved after that: go on with --resume from "
-                "the last checkpoint, or start again with a lower SOLVER.BASE_LR, a longer "
-                "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True.",
-                file=sys.stderr,
-            )
-        together = getattr(e, "together", False)
-    # The error is gone here, and with its frames the model, which holds the process group.
-    if dist.is_initialized() and together:
-        compat.leave_process_group()  # not before each has kept what it keeps
-    sys.exit(EXIT_FAILED)
-
-
-@contextmanager
-def _full_disk_in_one_sentence():
-    """Whatever a full disk kept from being written, a UserError; the first that was, for others follow.
-
-    What the log cannot take is dropped without a traceback each.
-    """
-    logged, logging.raiseExceptions = logging.raiseExceptions, False
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in FULL:
-            raise
-        earlier = e.__context__
-        while earlier is not None and not isinstance(earlier, UserError):
-            earlier = earlier.__context__
-        raise (earlier or cannot_be_written(e.filename or "a file of OUTPUT_DIR", e)) from e
-    finally:
-        logging.raiseExceptions = logged
-
-
-def _loader_signal(error: BaseException | None) -> int:
-    """The signal that ended a process of torch's data loader, by the error about it; 0 for other errors."""
-    names = {signal.strsignal(number): number for number in signal.Signals}
-    while error is not None:
-        found = re.match(r"DataLoader worker \(pid \d+\) is killed by signal: ([^.]*)", str(error))
-        if found:
-            return int(names.get(found[1], 0))
-        error = error.__cause__ or error.__context__
-    return 0
-
-
-def _is_told(error: BaseException) -> bool:
-    lost_another = isinstance(error, RuntimeError) and "by peer" in str(error)  # the launcher tells
-    return (
-        lost_another
-        or isinstance(error, (FloatingPointError, UserError))
-        or _loader_signal(error) > 0
-    )
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    # Detectron2 logs every end of training with its traceback; of what is told otherwise the log gets the sentence.
-    if record.exc_info and _is_told(record.exc_info[1]):
-        record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
-    return True
-
-
-def _train_or_evaluate(args: argparse.Namespace) -> dict | None:
-    cfg = setup_config(args)
-    check_data(cfg, for_training=not args.eval_only)  # datasets are registered in every process
-    if cfg.MODEL.DEVICE == "cpu":
-        # Subnormal gradients, such as early in training, make torchvision's ROIAlign 10 to 20 times slower.
-        torch.set_flush_denormal(True)
-    default_setup(cfg, args)
-    logging.getLogger("era").handlers.clear()  # from here on it writes into the run's log too
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="era")
-    if args.eval_only:
-        model = build_for_evaluation(cfg, resume=args.resume)
-        results = evaluate(cfg, model)
-        if cfg.TEST.EVAL_TEACHER and isinstance(model, Distiller):
-            results["teacher"] = evaluate_teacher(cfg, model)
-        return results
-    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-    return compat.last_evaluation(trainer)

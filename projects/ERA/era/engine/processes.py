@@ -186,8 +186,17 @@ def is_stop(code: int) -> bool:
 
 
 def _process(local_rank: int, launcher: int, function, args: tuple, how: Launch) -> None:
-    """One process of a run."""
+    """One process of a run that was started here."""
     end_with(launcher)
+    take_part(local_rank, function, args, how)
+
+
+def take_part(local_rank: int, function: Callable[..., object], args: tuple, how: Launch) -> None:
+    """As one of the processes of a run: meet the others, then ``function(*args)``.
+
+    Raises:
+        SystemExit: asked to stop; the main process has told so.
+    """
     stopped = None
     with stop_signals(how.signals, in_worker=True):
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from detectron2.utils import comm
 
 from era import compat
 from era.engine.hooks import place_of_evaluation
+from era.engine.launchers import command_line
 from era.errors import UserError
 
 STOP_SIGNALS = "SIGTERM,SIGUSR1"  # beside SIGINT, which Ctrl-C sends
@@ -81,8 +81,7 @@ def how_to_go_on() -> str:
     again = "--eval-only" in arguments
     if not again and "--resume" not in arguments:
         arguments = ["--resume", *arguments]  # in front, for KEY VALUE pairs end the command
-    command = shlex.join([sys.executable, sys.argv[0], *arguments])
-    return f"{'Evaluate again' if again else 'Go on'} with:\n    {command}"
+    return f"{'Evaluate again' if again else 'Go on'} with:\n    {command_line(arguments)}"
 
 
 def tell(text: str) -> None:

@@ -86,7 +86,7 @@ class Trainer(DefaultTrainer):
     every step's random numbers and pictures follow from :attr:`seed` and the iteration.
 
     Args:
-        cfg: config after :func:`era.engine.launch.setup_config`.
+        cfg: config after :func:`era.engine.preflight.setup_config`.
 
     Attributes:
         seed: ``SEED``; where none is set, one that the processes draw together and checkpoints keep.
