@@ -63,7 +63,7 @@ endif
 	@echo '== setup 2/3: Detectron2 and what it needs'
 	@$(subst -m pip,tools/install_detectron2.py,$(PIP)) --constraint $(CONSTRAINTS)
 	@echo '== setup 3/3: this package, its tests and the deployment runtimes'
-	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev,deploy]'
+	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev,deploy,wandb,mlflow]'
 	@$(PY) -W ignore -c 'import torch, torchvision, cv2, pycocotools.mask, pytest, detectron2.model_zoo' || \
 	{ echo 'make setup: an installed package fails to import (see above); remove .venv, if you use it, and run make setup again.' >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@

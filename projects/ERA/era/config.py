@@ -147,6 +147,15 @@ def add_era_config(cfg: CfgNode) -> None:
     # Evaluate the teacher beside the student, once a run.
     _C.TEST.EVAL_TEACHER = False
 
+    # ---- Scalars beside TensorBoard and metrics.json (era/engine/tracking.py) --------------------
+    _C.TRACKING = CfgNode()
+    # Where they also go: some of "wandb" and "mlflow", each an extra of this package.
+    _C.TRACKING.WRITERS = ()
+    # W&B's project, MLflow's experiment.
+    _C.TRACKING.PROJECT = "era"
+    # Of the run there; "" = the last part of OUTPUT_DIR.
+    _C.TRACKING.NAME = ""
+
     for _, owner in (*METHOD_REGISTRY, *DETECTOR_FAMILIES):
         owner.add_config(cfg)
 

@@ -29,6 +29,7 @@ from era.engine.best import check_best
 from era.engine.ema import AveragingCheckpointer, check_average
 from era.engine.room import check_room
 from era.engine.schedule import scale_to_world
+from era.engine.tracking import check_tracking
 from era.errors import UserError
 from era.modeling.detectors import check_family, known_family
 from era.modeling.distiller import Distiller
@@ -147,6 +148,7 @@ def preflight(cfg: CfgNode, args: argparse.Namespace) -> None:
         with _quiet("fvcore", "era"):  # the run itself will say all of it again
             build_for_evaluation(_on_cpu(cfg), resume=args.resume)
     else:
+        check_tracking(cfg)
         processes = args.num_gpus * args.num_machines
         model, _ = build_for_training(cfg, resume=args.resume, processes=processes)
         check_room(cfg, model)

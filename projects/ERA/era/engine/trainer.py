@@ -66,6 +66,7 @@ from era.engine.resume import (
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
+from era.engine.tracking import TrackingWriter
 from era.engine.validation_loss import validation_losses
 from era.engine.watch import watch_of
 from era.modeling.detectors import Detector, detector_of, known_family
@@ -296,10 +297,14 @@ class Trainer(DefaultTrainer):
         return [CheckWeights(periods), *ret]
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's writers, of which metrics.json can go on at a checkpoint."""
-        folder = self.cfg.OUTPUT_DIR
+        """Detectron2's writers, of which metrics.json can go on at a checkpoint, and those of ``TRACKING.WRITERS``."""
+        cfg, folder = self.cfg, self.cfg.OUTPUT_DIR
         self._metrics_file = MetricsFile(os.path.join(folder, "metrics.json"))
-        return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(folder)]
+        own = [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(folder)]
+        trackers = [
+            TrackingWriter(name, cfg, lambda: self.start_iter > 0) for name in cfg.TRACKING.WRITERS
+        ]
+        return [*own, *trackers]
 
     def save_checkpoint(self, iteration: int) -> None:
         """As the periodic checkpoints, out of turn; on the main process."""

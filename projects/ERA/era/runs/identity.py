@@ -49,6 +49,10 @@ ELSEWHERE = (
     # Whether a run is stopped or warned of, not what it computes.
     "SOLVER.MAX_LOSS",
     "MODEL.DISTILLER.MAX_TASK_RATIO",
+    # Where its scalars are sent.
+    "TRACKING.WRITERS",
+    "TRACKING.PROJECT",
+    "TRACKING.NAME",
 )
 
 
