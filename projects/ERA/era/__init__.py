@@ -6,6 +6,11 @@ from era.errors import UserError
 from era.methods import Method
 from era.modeling.backbones.fcos_fpn import build_fcos_resnet_fpn_backbone
 from era.modeling.backbones.small_resnet import build_small_resnet_fpn_backbone
+from era.modeling.backbones.timm_bodies import build_timm_backbone
+from era.modeling.backbones.torchvision_bodies import (
+    build_mobilenetv2_backbone,
+    build_torchvision_backbone,
+)
 from era.modeling.distiller import Distiller
 from era.modeling.teacher import Teacher
 from era.registry import METHOD_REGISTRY
@@ -20,7 +25,10 @@ __all__ = [
     "UserError",
     "add_era_config",
     "build_fcos_resnet_fpn_backbone",
+    "build_mobilenetv2_backbone",
     "build_small_resnet_fpn_backbone",
+    "build_timm_backbone",
+    "build_torchvision_backbone",
     "get_era_cfg",
     "load_config",
     "student_config",

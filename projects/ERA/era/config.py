@@ -1,7 +1,7 @@
 """The config: the keys of the frame, safe loading, cheap checks.
 
-Every other key belongs to a method or to a family of detectors that Detectron2 has no keys of, and stands in its file
-(``Method.add_config``, ``Detector.add_config``).
+Every other key belongs to a method, or to a family of detectors or a backbone that Detectron2 has no keys of, and stands
+in its file (``Method.add_config``, ``Detector.add_config``, ``register_pyramids``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from era.addresses import check_bases, is_remote
 from era.errors import UserError
 from era.registry import (
+    BACKBONE_KEYS,
     DETECTOR_FAMILIES,
     METHOD_REGISTRY,
     is_distiller,
@@ -158,6 +159,8 @@ def add_era_config(cfg: CfgNode) -> None:
 
     for _, owner in (*METHOD_REGISTRY, *DETECTOR_FAMILIES):
         owner.add_config(cfg)
+    for add_keys in dict.fromkeys(BACKBONE_KEYS.values()):  # several builders may share theirs
+        add_keys(cfg)
 
 
 def get_era_cfg() -> CfgNode:
@@ -242,10 +245,10 @@ def find_config_file(config_file: str, *, what: str) -> str:
 
 def student_config(cfg: CfgNode) -> CfgNode:
     """The student alone as a stock Detectron2 config: no key of this project is left in it but those of its family of
-    detectors, where Detectron2 has none (``Detector.add_config``).
+    detectors (``Detector.add_config``) and of its backbone, where Detectron2 has none.
 
     ``MODEL.META_ARCHITECTURE`` becomes the student's own; keys that stock Detectron2 does not know are
-    dropped, so ``detectron2.config.get_cfg().merge_from_file`` reads a dump of it unless its family has such keys.
+    dropped, so ``detectron2.config.get_cfg().merge_from_file`` reads a dump of it unless its family or backbone has such keys.
     """
     stock = get_cfg()
     name = cfg.MODEL.META_ARCHITECTURE
@@ -255,6 +258,8 @@ def student_config(cfg: CfgNode) -> CfgNode:
     for _, family in DETECTOR_FAMILIES:
         if family.describes(stock):
             family.add_config(stock)
+    if cfg.MODEL.BACKBONE.NAME in BACKBONE_KEYS:
+        BACKBONE_KEYS[cfg.MODEL.BACKBONE.NAME](stock)
     _copy_known_keys(cfg, stock)
     stock.MODEL.META_ARCHITECTURE = name
     return stock

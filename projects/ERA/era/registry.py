@@ -4,6 +4,7 @@ imports no method."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
@@ -18,6 +19,9 @@ Distillation methods by the name that ``MODEL.DISTILLER.METHODS`` lists. An entr
 
 DETECTOR_FAMILIES = Registry("DETECTOR_FAMILY")
 DETECTOR_FAMILIES.__doc__ = "Subclasses of :class:`era.modeling.detectors.Detector` by their names."
+
+# Backbones with keys that stock Detectron2 lacks: by the name of their builder, what adds those keys to a config in place.
+BACKBONE_KEYS: dict[str, Callable[[CfgNode], None]] = {}
 
 
 def is_distiller(cfg: CfgNode) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
-from torch import nn
 
 from era.errors import UserError
+from era.modeling.backbones.pyramid import fcos_fpn, out_features, rcnn_fpn, retinanet_fpn
 
 BLOCKS_BY_DEPTH = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -25,23 +24,19 @@ def build_small_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN
     Raises:
         UserError: another depth.
     """
-    return _fpn(cfg, _small_resnet(cfg, input_shape), LastLevelMaxPool())
+    return rcnn_fpn(cfg, _small_resnet(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_small_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with p6 and p7 out of res5, as Detectron2's ``build_retinanet_resnet_fpn_backbone``."""
-    bottom_up = _small_resnet(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    return retinanet_fpn(cfg, _small_resnet(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_small_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with p6 and p7 out of p5, as :func:`~era.modeling.backbones.fcos_fpn.build_fcos_resnet_fpn_backbone`."""
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
-    return _fpn(cfg, _small_resnet(cfg, input_shape), top_block)
+    return fcos_fpn(cfg, _small_resnet(cfg, input_shape))
 
 
 def _small_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -71,18 +66,6 @@ def _small_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     return ResNet(
         stem,
         stages,
-        # what the FPN does not read, methods may
-        out_features=sorted({*cfg.MODEL.FPN.IN_FEATURES, *keys.OUT_FEATURES}),
+        out_features=out_features(cfg),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )
-
-
-def _fpn(cfg: CfgNode, bottom_up: ResNet, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=list(cfg.MODEL.FPN.IN_FEATURES),
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
