@@ -131,6 +131,15 @@ def check_request(name: str, output: str, alpha: int, int8: bool, calibrate: Seq
             "--int8 and --calibrate belong together: int8 learns its ranges from images of your own; "
             "give both or neither."
         )
+    check_output(output)
+
+
+def check_output(output: str) -> None:
+    """A folder that is to be written is absent or empty.
+
+    Raises:
+        UserError: it is not.
+    """
     path = Path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
