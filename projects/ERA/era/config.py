@@ -35,6 +35,10 @@ ON_BAD_IMAGE = ("stop", "skip")
 INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN = "none", "heads", "fpn_and_heads"
 INHERITANCE = (INHERIT_NOTHING, INHERIT_HEADS, INHERIT_FPN)
 
+# MODEL.DISTILLER.CLASS_MAP
+AUTO, EXACT, FEATURE_ONLY = "auto", "exact", "feature_only"
+CLASS_MAPS = (AUTO, EXACT, FEATURE_ONLY)
+
 # Which registry of Detectron2 knows the name at a key.
 PARTS = {
     "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
@@ -63,6 +67,11 @@ def add_era_config(cfg: CfgNode) -> None:
     # report it apart): none, heads (all that follows the FPN), or fpn_and_heads. Needs parts of equal
     # shape. Not repeated when resuming.
     _C.MODEL.DISTILLER.INIT_STUDENT = "none"
+    # How the teacher's classes are matched to the student's (docs/classes_and_levels.md). auto: by name, where the names of
+    # both are known; the teacher's class layers are read through the map, and a class that it lacks is taught by ground truth
+    # and features. exact: equal names in equal order. feature_only: not at all; no method may then read the heads.
+    # Without names, both take equal numbers of classes for the same ones.
+    _C.MODEL.DISTILLER.CLASS_MAP = "auto"
     # On pictures without labels the teacher's detections of at least this score, 0 to 1, choose which anchors
     # and proposals the methods look at, as ground truth does elsewhere. No loss is taken against them.
     _C.MODEL.DISTILLER.PSEUDO_SCORE = 0.5
@@ -79,6 +88,9 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
     _C.MODEL.TEACHER.OPTS = []
+    # File of its class names in the order of their numbers: one a line, or a .json with a list of them or COCO's
+    # categories; the student's name for a class matches it. "" = those of the datasets of its config.
+    _C.MODEL.TEACHER.CLASSES = ""
     # Permit a teacher with random weights (smoke tests, benchmarks); only read if WEIGHTS is "".
     _C.MODEL.TEACHER.ALLOW_RANDOM = False
     # Memory layout of the teacher's backbone alone: auto, always or never. auto is on on a CPU, where it
@@ -311,6 +323,12 @@ def validate_config(cfg: CfgNode) -> None:
             f"MODEL.DISTILLER.INIT_STUDENT is {keys.INIT_STUDENT!r}: expected one of "
             f"{', '.join(INHERITANCE)}."
         )
+    if keys.CLASS_MAP not in CLASS_MAPS:
+        raise UserError(
+            f"MODEL.DISTILLER.CLASS_MAP is {keys.CLASS_MAP!r}: expected one of {', '.join(CLASS_MAPS)}; set it so."
+        )
+    if keys.CLASS_MAP == FEATURE_ONLY:
+        _check_features_alone(cfg)
     if not 0.0 <= keys.PSEUDO_SCORE <= 1.0:
         raise UserError(
             f"MODEL.DISTILLER.PSEUDO_SCORE is {keys.PSEUDO_SCORE}: expected a score from 0 to 1; set it so."
@@ -376,6 +394,25 @@ def _check_unlabeled(cfg: CfgNode) -> None:
             f"SOLVER.UNLABELED_PER_BATCH is {count}, and {names}: expected at least 1 and fewer than "
             f"SOLVER.IMS_PER_BATCH ({total}), in equal parts for SOLVER.ACCUMULATION_STEPS {steps}; set it so, or "
             "leave the list empty."
+        )
+
+
+def _check_features_alone(cfg: CfgNode) -> None:
+    """Nothing of a run asks what the teacher's heads say."""
+    keys, found = cfg.MODEL.DISTILLER, ""
+    for name, method in methods_of(cfg).items():
+        if method.needs(cfg).heads:
+            found = f"the method {name} with these settings reads the teacher's heads"
+    if keys.INIT_STUDENT != INHERIT_NOTHING:
+        found = f"MODEL.DISTILLER.INIT_STUDENT {keys.INIT_STUDENT} takes the teacher's heads"
+    elif len(cfg.DATASETS.UNLABELED) > 0:
+        found = "DATASETS.UNLABELED has the teacher detect"
+    elif cfg.TEST.EVAL_TEACHER:
+        found = "TEST.EVAL_TEACHER has the teacher detect"
+    if found:
+        raise UserError(
+            f"MODEL.DISTILLER.CLASS_MAP is {FEATURE_ONLY}, and {found}: expected what compares feature maps alone; switch that "
+            "off, or match the classes by name (auto)."
         )
 
 

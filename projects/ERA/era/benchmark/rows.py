@@ -21,7 +21,7 @@ from era.engine.stepping import StepTrainer
 from era.errors import UserError
 from era.methods import Method
 from era.modeling.detectors import detector_of
-from era.modeling.distiller import Distiller, check_classes
+from era.modeling.distiller import Distiller
 from era.modeling.teacher import Teacher, zero_init_residuals
 from era.registry import METHOD_REGISTRY, methods_of, set_alpha
 
@@ -96,7 +96,6 @@ class Bench:
         zero_init_residuals(self.student)
         self.teacher = Teacher(cfg)
         self.channels_last = self.teacher.memory_format == torch.channels_last
-        check_classes(self.detector, self.teacher)
         self._optimizer_state = defaultdict(dict)
         self.equal_heads = True
         try:

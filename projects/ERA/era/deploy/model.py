@@ -14,7 +14,7 @@ from torch import nn
 from era.checkpoint.reading import SafeCheckpointer, load_exactly
 from era.config import load_config, student_config
 from era.errors import UserError
-from era.modeling.detectors import Detector, detector_of
+from era.modeling.detectors import Detector, detector_of, family_of
 from era.modeling.distiller import Distiller
 from era.modeling.teacher import teacher_config
 
@@ -76,11 +76,21 @@ def save_folder(model: nn.Module, cfg: CfgNode, alpha: int, folder: Path) -> Non
         cfg = student_config(cfg)
     else:
         teacher = teacher_config(cfg)
+        stock = student_config(cfg)
+        teacher.merge_from_list(
+            [
+                family_of(student_config(teacher)).num_classes_key(),
+                family_of(stock).num_classes_in(stock),
+            ]
+        )
+        teacher.DATASETS.TRAIN = teacher.DATASETS.TEST = ()
         (folder / "teacher.yaml").write_text(teacher.dump(), encoding="utf-8")
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.TEACHER.CONFIG_FILE, cfg.MODEL.TEACHER.WEIGHTS = "teacher.yaml", ""
         cfg.MODEL.TEACHER.OPTS = []
+        # by now the teacher's heads are of the student's classes, whose names the folder keeps apart
+        cfg.MODEL.DISTILLER.CLASS_MAP, cfg.MODEL.TEACHER.CLASSES = "exact", ""
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "model.pth", "."
     (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
 

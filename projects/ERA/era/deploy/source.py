@@ -20,6 +20,7 @@ from era.data.datasets import register_from_config
 from era.deploy.model import EagerBackend, WholeCheckpointer
 from era.engine.preflight import teacher_record
 from era.errors import UserError
+from era.modeling.class_map import read_names
 from era.modeling.detectors import detector_of, family_of
 from era.modeling.distiller import Distiller
 from era.registry import set_alpha
@@ -197,11 +198,7 @@ def class_categories(cfg: CfgNode, classes_file: str) -> list[dict]:
     family = family_of(stock)
     count = family.num_classes_in(stock)
     if classes_file:
-        try:
-            with open(classes_file, encoding="utf-8") as f:
-                names = [line.strip() for line in f if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--classes {classes_file} cannot be read ({e}).") from e
+        names = read_names(classes_file, "--classes")
         found = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
     else:
         register_from_config(cfg)

@@ -22,12 +22,15 @@ class Needs:
         teacher_at_inference: whether the trained model detects with parts of the teacher.
         labels: whether every loss needs ground truth. A method with losses that need none says False, and is
             then also given steps whose ``labeled`` is False (``DATASETS.UNLABELED``).
+        heads: whether the teacher's heads are asked for anything, in training or inference; a method on feature maps alone says
+            False, and then also serves a teacher of other classes (``MODEL.DISTILLER.CLASS_MAP`` ``feature_only``).
         more: whatever else costs something or must be there, for people: ``a second view``, ``a trained head``.
     """
 
     teacher: bool = True
     teacher_at_inference: bool = False
     labels: bool = True
+    heads: bool = True
     more: tuple[str, ...] = ()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from era.errors import UserError
 from era.modeling.detectors import Detector
+from era.modeling.teacher import Teacher
 
 
 def check_weights(weights: dict[str, float]) -> None:
@@ -61,6 +62,23 @@ def check_head_levels(student: Detector, teacher: Detector, reason: str) -> None
         raise UserError(
             f"{reason} needs the teacher's heads on the student's samples, and they read {unfit}, which the student's "
             "backbone lacks or has at another stride: name a teacher with the student's FPN levels, or switch that off."
+        )
+
+
+def check_every_class(teacher: Teacher, reason: str) -> None:
+    """The teacher knows all of the student's classes, where their names are matched.
+
+    Args:
+        reason: what needs it, for the message.
+
+    Raises:
+        UserError: names those that it does not know.
+    """
+    if teacher.detector.known_classes is not None:
+        raise UserError(
+            f"{reason} needs a teacher that knows every class of the student's, and that of {teacher.source['config_file']} "
+            f"has none by the name of {', '.join(teacher.classes.unknown)}: switch that off, or name another teacher, or "
+            "the classes in MODEL.TEACHER.CLASSES."
         )
 
 

@@ -193,8 +193,7 @@ class CRLD(Method):
         strong, terms = step.view(self.view), {}
         if self.weights["within"] > 0 or self.weights["cross"] > 0:
             terms["within"], terms["cross"] = crld_terms(
-                (step.student.predictions.class_logits, strong.predictions.class_logits),
-                (step.teacher_predictions.class_logits, strong.teacher_predictions.class_logits),
+                *zip(step.class_logits, strong.class_logits, strict=True),
                 temperature=self.temperature,
                 confidence=self.confidence,
                 background_weight=self.background_weight,

@@ -128,11 +128,7 @@ class DIST(Method):
         """``loss_dist_inter`` and ``loss_dist_intra``, each unless its weight is 0."""
         if not any(self.weights.values()):
             return {}
-        terms = dist_terms(
-            step.student.predictions.class_logits,
-            step.teacher_predictions.class_logits,
-            self.temperature,
-        )
+        terms = dist_terms(*step.class_logits, self.temperature)
         return {
             f"loss_dist_{name}": weight * term
             for (name, weight), term in zip(self.weights.items(), terms, strict=True)

@@ -118,12 +118,7 @@ class DKD(Method):
         """``loss_dkd_target`` and ``loss_dkd_others``, each unless its weight is 0."""
         if not any(self.weights.values()):
             return {}
-        terms = dkd_terms(
-            step.student.predictions.class_logits,
-            step.teacher_predictions.class_logits,
-            step.student.classes,
-            self.temperature,
-        )
+        terms = dkd_terms(*step.class_logits, step.shared_classes, self.temperature)
         return {
             f"loss_dkd_{name}": weight * term
             for (name, weight), term in zip(self.weights.items(), terms, strict=True)

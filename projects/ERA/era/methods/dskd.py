@@ -157,6 +157,7 @@ class DSKD(Method):
         keys = cfg.MODEL.DSKD
         return Needs(
             labels=keys.FEATURE_WEIGHT == 0 and keys.KD_WEIGHT == 0,
+            heads=keys.KD_WEIGHT > 0,
             more=("backbone stages",),
         )
 
@@ -253,7 +254,7 @@ class DSKD(Method):
         if "kd" in on or "class" in on:
             logits = self.classifier(step.detector.pooled(adapted, stride, step.student.samples))
         if "kd" in on:
-            terms["kd"] = kd_loss(logits, step.teacher_predictions.class_logits, self.temperature)
+            terms["kd"] = kd_loss(step.shared(logits), step.class_logits[1], self.temperature)
         if "class" in on:
             terms["class"] = class_loss(logits, step.student.classes)
         return {name: on[name] * term for name, term in terms.items()}

@@ -47,7 +47,7 @@ class FeatureMethod(Method):
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
         """The teacher, and no labels."""
-        return Needs(labels=cls.keys(cfg)[1].WEIGHT == 0)
+        return Needs(labels=cls.keys(cfg)[1].WEIGHT == 0, heads=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:

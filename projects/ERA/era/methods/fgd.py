@@ -183,7 +183,8 @@ class FGD(Method):
     @classmethod
     def needs(cls, cfg: CfgNode) -> Needs:
         """The teacher; labels if neither attention nor context is compared."""
-        return Needs(labels=all(cfg.MODEL.FGD[WEIGHTS[name][0]] == 0 for name in LABEL_FREE))
+        keys = cfg.MODEL.FGD
+        return Needs(labels=all(keys[WEIGHTS[name][0]] == 0 for name in LABEL_FREE), heads=False)
 
     @configurable
     def __init__(

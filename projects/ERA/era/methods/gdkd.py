@@ -134,7 +134,7 @@ class GDKD(Method):
         keys = cfg.MODEL[cls.__name__]
         return {
             "weights": {term: keys.WEIGHT * keys[key] for term, key in cls.coefficients.items()},
-            "sizes": cls.group_sizes(keys, student.num_classes),
+            "sizes": cls.group_sizes(keys, teacher.detector.num_known_classes),
             "temperature": keys.TEMPERATURE,
             "proposals": keys.PROPOSALS,
         }
@@ -145,7 +145,7 @@ class GDKD(Method):
 
         Args:
             keys: the method's.
-            num_classes: K, without background.
+            num_classes: K that both models know, without background.
 
         Raises:
             UserError: k is not from 1 to K, so that a group would have no class.
@@ -161,10 +161,9 @@ class GDKD(Method):
         """The method's losses, each unless its weight is 0."""
         if not any(self.weights.values()):
             return {}
-        own = step.student.predictions.class_logits
-        other = step.teacher_predictions.class_logits
+        own, other = step.class_logits
         if self.proposals == FOREGROUND:
-            on_objects = step.student.classes < step.detector.num_classes
+            on_objects = step.shared_classes < step.teacher.detector.num_known_classes
             own, other = own[on_objects], other[on_objects]
         found = dict(
             zip(self.terms, gdkd_terms(own, other, self.sizes, self.temperature), strict=True)

@@ -73,6 +73,5 @@ class KD(Method):
         """``loss_kd_classes``, unless its weight is 0."""
         if self.weight == 0:
             return {}
-        own = step.student.predictions.class_logits
-        loss = kd_loss(own, step.teacher_predictions.class_logits, self.temperature)
+        loss = kd_loss(*step.class_logits, self.temperature)
         return {"loss_kd_classes": self.weight * loss}

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from era.errors import UserError
 from era.losses import at_least_float32, kd_loss
 from era.methods.base import Chart, Method, Needs
-from era.methods.checks import check_class_logits, check_weights
+from era.methods.checks import check_class_logits, check_every_class, check_weights
 from era.modeling.detectors import Detector
 from era.modeling.detectors.parts import HeadPart
 from era.modeling.detectors.recording import SAMPLED_POSITIONS
@@ -204,6 +204,7 @@ class RDD(Method):
         own = cfg.MODEL.RDD
         if own.REWEIGHT:
             _check_parts(student, teacher.detector)
+            check_every_class(teacher, "RDD (MODEL.RDD.REWEIGHT)")
         if own.LAMBDA > 0:
             check_class_logits(student, teacher.detector, "RDD with MODEL.RDD.LAMBDA above 0")
         return {
@@ -224,8 +225,7 @@ class RDD(Method):
         """``loss_rdd_kd``, unless its weight is 0."""
         if self.kd_weight == 0:
             return {}
-        own, other = (x.class_logits for x in (step.student.predictions, step.teacher_predictions))
-        return {"loss_rdd_kd": self.kd_weight * kd_loss(own, other, self.temperature)}
+        return {"loss_rdd_kd": self.kd_weight * kd_loss(*step.class_logits, self.temperature)}
 
     @torch.no_grad()
     def reweight(self, step: Step) -> dict[str, Tensor]:

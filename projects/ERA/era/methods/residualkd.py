@@ -29,7 +29,12 @@ from era.config import student_config
 from era.errors import UserError
 from era.losses import at_least_float32, level_mean, mse
 from era.methods.base import Method, Needs
-from era.methods.checks import check_heads_on, check_levels, check_weights
+from era.methods.checks import (
+    check_every_class,
+    check_heads_on,
+    check_levels,
+    check_weights,
+)
 from era.modeling.backbones.estimating import EstimatingBackbone
 from era.modeling.backbones.small_resnet import BLOCKS_BY_DEPTH, build_small_resnet_fpn_backbone
 from era.modeling.detectors import Detector
@@ -255,6 +260,7 @@ class ResidualKD(Method):
         keys = cfg.MODEL.RESIDUALKD
         return Needs(
             teacher_at_inference=keys.ALPHA > 0,
+            heads=keys.ALPHA > 0,
             labels=keys.FEATURE_WEIGHT == 0 and keys.RESIDUAL_WEIGHT == 0,
             more=("a slim second network",) if keys.RESIDUAL_WEIGHT > 0 else (),
         )
@@ -293,6 +299,7 @@ class ResidualKD(Method):
         if keys.ALPHA > 0:
             reason = f"MODEL.RESIDUALKD.ALPHA {keys.ALPHA}"
             check_heads_on(student, judge, levels, "MODEL.RESIDUALKD.LEVELS", reason)
+            check_every_class(teacher, reason)
             if keys.ALPHA < 1:
                 student.check_equal_heads(judge, reason=reason)
         assistant = None

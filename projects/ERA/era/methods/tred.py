@@ -175,8 +175,8 @@ class TRED(Method):
         """The teacher; labels to disentangle, and a trained disentangler to distil."""
         keys = cfg.MODEL.TRED
         if keys.STAGE == DISENTANGLE or keys.WEIGHT == 0:
-            return Needs()
-        return Needs(labels=False, more=("a trained disentangler",))
+            return Needs(heads=keys.STAGE == DISENTANGLE)
+        return Needs(labels=False, heads=False, more=("a trained disentangler",))
 
     @classmethod
     def prepares(cls, cfg: CfgNode) -> bool:

@@ -96,8 +96,6 @@ class Distiller(nn.Module):
         detector.check_student()
         with _random_state_of_its_own(cfg):
             teacher = Teacher(cfg) if needs_teacher(cfg) else None
-            if teacher is not None:
-                check_classes(detector, teacher)
             if cfg.MODEL.DISTILLER.INIT_STUDENT != INHERIT_NOTHING:
                 check_inheritance(cfg, detector, teacher.detector)
             methods = nn.ModuleDict(
@@ -262,21 +260,6 @@ def is_preparation(cfg: CfgNode) -> bool:
             "expected labelled pictures alone; set it to ()."
         )
     return bool(parts)
-
-
-def check_classes(student: Detector, teacher: Teacher) -> None:
-    """Student and teacher tell the same number of classes apart.
-
-    Raises:
-        UserError: they do not.
-    """
-    own, other = student.num_classes, teacher.detector.num_classes
-    if own != other:
-        raise UserError(
-            f"{student.num_classes_key()} is {own} in the student and {other} in the teacher of "
-            f"{teacher.source['config_file']}: expected equal numbers; distil with a teacher trained on the "
-            "same classes, or correct the student's config."
-        )
 
 
 def check_inheritance(cfg: CfgNode, student: Detector, teacher: Detector) -> None:

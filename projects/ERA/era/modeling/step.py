@@ -61,6 +61,26 @@ class Step:
         return self.teacher.predict(self.teacher_features, self.student.samples)
 
     @cached_property
+    def class_logits(self) -> tuple[Tensor, Tensor]:
+        """What student and teacher say of the classes of the student's samples, (R, K + 1) each, as far as the teacher
+        knows these classes: see :meth:`shared`. The teacher's without gradient."""
+        found = self.student.predictions.class_logits, self.teacher_predictions.class_logits
+        return self.shared(found[0]), self.shared(found[1])
+
+    def shared(self, logits: Tensor) -> Tensor:
+        """Of class logits of the student's samples, (R, K + 1), what can be compared with the teacher's: all of them, or the
+        samples and classes of :meth:`Detector.shared_logits` where it lacks a class (``MODEL.DISTILLER.CLASS_MAP``)."""
+        teacher = self.teacher.detector
+        if teacher.known_classes is None:
+            return logits
+        return teacher.shared_logits(logits, self.student.classes)
+
+    @cached_property
+    def shared_classes(self) -> Tensor:
+        """The ground-truth class of each row of :attr:`class_logits` as a column of it, the last where it is background."""
+        return self.teacher.detector.shared_labels(self.student.classes)
+
+    @cached_property
     def task_losses(self) -> dict[str, TaskLoss]:
         """The student's own losses sample by sample, see :meth:`Detector.task_losses`.
 

@@ -19,7 +19,14 @@ from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
 from era.config import check_parts, get_era_cfg, merge_config, student_config
 from era.errors import UserError
-from era.modeling.detectors import Predictions, check_family, detector_of, known_family
+from era.modeling.class_map import ClassMap, find_class_map, log_class_map
+from era.modeling.detectors import (
+    Predictions,
+    check_family,
+    detector_of,
+    family_of,
+    known_family,
+)
 from era.modeling.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -36,6 +43,7 @@ class Teacher(nn.Module):
         received_format: channel order of the images that it will be given.
         source: config file and weights as the user named them, for logs and checkpoints.
         settings: what the model was built from beside its weights, for the keys of a cache.
+        classes: which of its classes are the student's, as its layers are read by now; None if that is not asked.
         channels_last: memory layout of the backbone and its input.
         compile_backbone: run the backbone through ``torch.compile`` in :meth:`features`.
 
@@ -52,6 +60,7 @@ class Teacher(nn.Module):
         received_format: str,
         source: dict[str, str],
         settings: str = "",
+        classes: ClassMap | None = None,
         channels_last: bool = False,
         compile_backbone: bool = False,
     ):
@@ -66,6 +75,7 @@ class Teacher(nn.Module):
         self.flip_channels = input_format != received_format
         self.source = source
         self.settings = settings
+        self.classes = classes
         self.compiled = compile_backbone
         self.cache: TeacherCache | None = None
         self.requires_grad_(False)
@@ -100,6 +110,12 @@ class Teacher(nn.Module):
                 f"{keys.CONFIG_FILE}; name one, or set MODEL.TEACHER.ALLOW_RANDOM True if random weights "
                 "are meant."
             )
+        detector = detector_of(model)
+        counts = _num_classes(cfg), detector.num_classes
+        classes = find_class_map(cfg, teacher_cfg, counts)
+        log_class_map(classes, counts)
+        if classes is not None and classes.index != tuple(range(counts[1])):
+            detector.read_classes(classes.index)
         formats = {"student": cfg.INPUT.FORMAT, "teacher": teacher_cfg.INPUT.FORMAT}
         for who, value in formats.items():
             if value not in ("BGR", "RGB"):
@@ -110,6 +126,7 @@ class Teacher(nn.Module):
             "received_format": formats["student"],
             "source": {"config_file": keys.CONFIG_FILE, "weights": keys.WEIGHTS},
             "settings": settings_of(teacher_cfg),
+            "classes": classes,
             "channels_last": keys.CHANNELS_LAST == "always"
             or (keys.CHANNELS_LAST == "auto" and torch.device(cfg.MODEL.DEVICE).type == "cpu"),
             "compile_backbone": keys.COMPILE,
@@ -311,6 +328,12 @@ def aligned(maps: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tenso
         # once: pooling needs it so, and the losses are faster on the student's layout
         features[level] = value[..., :height, :width].contiguous()
     return features
+
+
+def _num_classes(cfg: CfgNode) -> int:
+    """Foreground classes of the student of a distiller's config."""
+    stock = student_config(cfg)
+    return family_of(stock).num_classes_in(stock)
 
 
 def settings_of(teacher_cfg: CfgNode) -> str:

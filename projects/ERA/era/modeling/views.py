@@ -80,6 +80,12 @@ class View:
         """The teacher's predictions on the same samples, no gradient; rows as :attr:`predictions`."""
         return self.step.teacher.predict(self.teacher_features, self.samples)
 
+    @cached_property
+    def class_logits(self) -> tuple[Tensor, Tensor]:
+        """As :attr:`Step.class_logits`, of this view; rows as there."""
+        found = self.predictions.class_logits, self.teacher_predictions.class_logits
+        return self.step.shared(found[0]), self.step.shared(found[1])
+
     def located(self, instances: list[Instances]) -> list[Instances]:
         """Boxes of the step's pictures where they are in this view."""
         return [mirrored(own) for own in instances] if self.name == FLIP else instances

@@ -6,6 +6,8 @@ Symbols are those of ERA (arXiv 2508.16050) in the detection form that README.md
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 
 from era.errors import UserError
@@ -52,6 +54,17 @@ NEUTRAL = {
     "MODEL.ERA.ROI.BETA": 0.0,
     "MODEL.ERA.TWI.STAGES": FIRST_STAGE,
 }
+
+
+def asks_heads(era: CfgNode, parts: Sequence[str]) -> bool:
+    """Whether settings of ``MODEL.ERA`` ask the teacher's heads for anything.
+
+    Args:
+        parts: of the heads of the student's family.
+    """
+    weights = [era.KD_WEIGHT, era.ALPHA, *(era.ROI[key] for key in ROI_WEIGHTS.values())]
+    weights += [era.TWI[key] for part in parts for key in TWI_WEIGHTS.get(part, ())]
+    return any(w > 0 for w in weights) or era.POSITION_WEIGHT == BY_JUDGE
 
 
 def add_config(cfg: CfgNode) -> None:

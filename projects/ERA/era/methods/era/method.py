@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import kd_loss
 from era.methods.base import Method, Needs
-from era.methods.checks import check_class_logits, check_heads_on, check_levels
+from era.methods.checks import (
+    check_class_logits,
+    check_every_class,
+    check_heads_on,
+    check_levels,
+)
 from era.methods.era import benchmark, config
 from era.methods.era import roi as roi_feature
 from era.methods.era.charts import CHARTS, LOSS_LABELS
@@ -146,7 +151,11 @@ class ERA(Method):
         free = (era.FEATURE_WEIGHT, era.RESIDUAL_WEIGHT, era.KD_WEIGHT,
                 *(era.TWI[key] for part, (_, key) in config.TWI_WEIGHTS.items() if part in parts),
                 era.ROI.FEATURE_WEIGHT, era.ROI.RESIDUAL_WEIGHT, era.ROI.SOFT_WEIGHT)  # fmt: skip
-        return Needs(teacher_at_inference=era.ALPHA > 0, labels=not any(w > 0 for w in free))
+        return Needs(
+            teacher_at_inference=era.ALPHA > 0,
+            labels=not any(w > 0 for w in free),
+            heads=config.asks_heads(era, parts),
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, student: Detector, teacher: Teacher) -> dict:
@@ -185,6 +194,8 @@ class ERA(Method):
         if used:
             reason = f"ERA with {' and '.join(used)} above 0"
             check_heads_on(student, judge, levels, "MODEL.ERA.LEVELS", reason)
+        if era.ALPHA > 0:
+            check_every_class(teacher, f"MODEL.ERA.ALPHA {era.ALPHA}")
         if era.KD_WEIGHT > 0:
             check_class_logits(student, judge, "ERA with MODEL.ERA.KD_WEIGHT above 0")
         if 0 < era.ALPHA < 1:
@@ -322,18 +333,22 @@ class ERA(Method):
 
     def _kd_term(self, step: Step) -> Tensor:
         """``tau^2 KL(teacher || student)`` of ROI classes, on the sample of proposals that the heads judge."""
-        logits = step.student.predictions.class_logits
         if self.samples_per_image == 0:
-            return kd_loss(logits, step.teacher_predictions.class_logits, self.kd_temperature)
-        sample = step.student.sample(self.samples_per_image)
-        logits = logits[sample.rows]
-        teacher = step.teacher.predict(step.teacher_features, sample.proposals).class_logits
-        if not sample.strata:  # no proposal at all
-            return kd_loss(logits, teacher, self.kd_temperature)
-        return sum(
-            s.share * kd_loss(logits[s.indices], teacher[s.indices], self.kd_temperature)
-            for s in sample.strata
+            return kd_loss(*step.class_logits, self.kd_temperature)
+        sample, judge = step.student.sample(self.samples_per_image), step.teacher.detector
+        pair = (
+            step.student.predictions.class_logits[sample.rows],
+            step.teacher.predict(step.teacher_features, sample.proposals).class_logits,
         )
+        if not sample.strata:  # no proposal at all
+            return kd_loss(*pair, self.kd_temperature)
+        classes, total, shares = step.student.classes[sample.rows], 0.0, 0.0
+        for s in sample.strata:
+            own, other = (judge.shared_logits(x[s.indices], classes[s.indices]) for x in pair)
+            share = s.share * len(own) / len(s.indices)
+            total = total + share * kd_loss(own, other, self.kd_temperature)
+            shares += share
+        return total / shares if judge.known_classes is not None and shares > 0 else total
 
     def _log(self, levels: Sequence[str], measured: Tensor) -> None:
         storage = get_event_storage()

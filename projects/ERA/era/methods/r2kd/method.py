@@ -34,7 +34,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from era.checkpoint.part import load_part
 from era.errors import UserError
 from era.methods.base import Method, Needs
-from era.methods.checks import check_class_logits, check_temperature, check_weights
+from era.methods.checks import (
+    check_class_logits,
+    check_every_class,
+    check_temperature,
+    check_weights,
+)
 from era.methods.r2kd.losses import rank_loss, value_loss
 from era.methods.r2kd.pruning import keep_zeros, prune_smallest
 from era.modeling.detectors import Detector
@@ -173,6 +178,7 @@ class R2KD(Method):
         pruned = teacher.copy() if keys.FINE_TUNE or any(weights.values()) else None
         if keys.FINE_TUNE:
             check_ground_truth(student, teacher.detector)
+            check_every_class(teacher, "MODEL.R2KD.FINE_TUNE True")
         if pruned is not None and keys.PRUNED_WEIGHTS:
             what = "MODEL.R2KD.PRUNED_WEIGHTS"
             load_part(pruned.model, keys.PRUNED_WEIGHTS, PART, what=what, teacher=teacher.sha256)
@@ -227,7 +233,7 @@ class R2KD(Method):
         other = self._both(
             step, step.batched_inputs, step.student.samples, step.teacher_predictions.class_logits
         )
-        return step.student.predictions.class_logits, other
+        return step.shared(step.student.predictions.class_logits), step.shared(other)
 
     def _augmented(self, step: Step) -> tuple[Tensor, Tensor]:
         """The same on the further view."""
@@ -235,7 +241,7 @@ class R2KD(Method):
         other = self._both(
             step, view.batched_inputs, view.samples, view.teacher_predictions.class_logits
         )
-        return view.predictions.class_logits, other
+        return step.shared(view.predictions.class_logits), step.shared(other)
 
     def _both(self, step: Step, inputs: list[dict], samples: object, logits: Tensor) -> Tensor:
         """``s z_T + (1 - s) z_pruned``, from the first teacher's logits."""

@@ -210,14 +210,12 @@ class SSKD(Method):
             return {"loss_sskd_contrast": self._contrast(step)}
         found = {}
         if self.weights["clean"] > 0:
-            own, other = step.student.predictions, step.teacher_predictions
-            found["clean"] = kd_loss(own.class_logits, other.class_logits, self.temperature)
+            found["clean"] = kd_loss(*step.class_logits, self.temperature)
         if step.labeled and self.weights["view"] > 0:
             view = step.view(self.view)
             found["view"] = selected_kd_loss(
-                view.predictions.class_logits,
-                view.teacher_predictions.class_logits,
-                step.student.classes,
+                *view.class_logits,
+                step.shared_classes,
                 self.temperature,
                 self.shares[0],
             )

@@ -15,12 +15,13 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.modeling.detectors.class_layers import ClassReading
 from era.modeling.detectors.further_heads import FurtherHeads
 from era.modeling.detectors.head_outputs import HeadOutputs
 from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 
-class Detector(HeadOutputs, FurtherHeads, ABC):
+class Detector(HeadOutputs, FurtherHeads, ClassReading, ABC):
     """A stock Detectron2 model seen as a detector of one family.
 
     Not a module and without state of its own: it uses the model that it is given. A family is one file of
@@ -294,10 +295,18 @@ class Detector(HeadOutputs, FurtherHeads, ABC):
     @torch.no_grad()
     def inherit(self, teacher: Detector, *, fpn: bool) -> None:
         """Copy the teacher's weights into the heads, and into the FPN if asked for; of a teacher with a cascade of heads
-        those of its first stage, where this detector has one head."""
-        own = self.inheritable(fpn=fpn)
+        those of its first stage, where this detector has one head. What is for a class that the teacher does not know stays
+        as it is."""
+        own, known = self.inheritable(fpn=fpn), teacher.known_classes
+        layers = {} if known is None else self.class_layers()
         for key, value in self._heir_to(teacher).inheritable(fpn=fpn).items():
-            own[key].copy_(value)
+            layer = layers.get(key.rpartition(".")[0])
+            if layer is None:
+                own[key].copy_(value)
+            else:
+                rows = layer.rows([i if k else None for i, k in enumerate(known)], len(known))
+                rows = rows[rows >= 0].to(value.device)
+                own[key][rows] = value[rows]
 
     def _heir_to(self, teacher: Detector) -> Detector:
         """The teacher, or its first stage where that alone is of this detector's form."""

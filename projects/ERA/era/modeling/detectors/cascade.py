@@ -198,7 +198,9 @@ class CascadeRCNN(RCNN):
                 matcher = self.model.roi_heads.proposal_matchers[k]
                 labelled = label(proposals, recording.targets, matcher, self.num_classes)
             predictions = self.predict_stage(k, features, proposals)
-            total = total + sample_loss(predictor, predictions, sample, labelled)
+            total = total + sample_loss(
+                predictor, predictions, sample, labelled, knows=self.judged_by
+            )
             proposals = proposals_from(predictor.predict_boxes(predictions, proposals), proposals)
         return total / len(self.box_stages)
 

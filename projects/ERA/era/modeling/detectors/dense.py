@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
+from era.modeling.detectors.class_layers import NEVER, ClassLayer
 from era.modeling.detectors.dense_inference import BlendedDense
 from era.modeling.detectors.dense_losses import (
     object_probability,
@@ -107,6 +109,16 @@ class Dense(Detector):
     def num_classes(self) -> int:
         """Of the class tower."""
         return self.model.num_classes
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """``cls_score``, with all classes of an anchor one after the other."""
+        layer = self.model.head.cls_score
+        anchors = layer.out_channels // self.num_classes
+        return {"head.cls_score": ClassLayer(layer, groups=anchors, absent=NEVER)}
+
+    def set_num_classes(self, count: int) -> None:
+        """Of the model."""
+        self.model.num_classes = count
 
     @property
     def head_levels(self) -> set[str]:
@@ -225,7 +237,10 @@ class Dense(Detector):
         samples_per_image: int = 0,
     ) -> Tensor:
         """The sum of :meth:`anchor_losses` at all anchors that the student labels, whatever ``samples_per_image``: the
-        normaliser is of all."""
+        normaliser is of all. Anchors of a class that this detector does not know add nothing."""
+        if self.known_classes is not None:
+            labels = [torch.where(self.knows(own), own, -1) for own in recording.labels]
+            recording = dataclasses.replace(recording, labels=labels)
         losses = self.anchor_losses(self.joined(self.head_output(features)), recording)
         return sum(own.values.sum() / own.normaliser for own in losses.values())
 

@@ -53,12 +53,16 @@ class FCOS(Dense):
     def anchor_losses(
         self, predictions: Predictions, recording: DenseRecording
     ) -> dict[str, TaskLoss]:
-        """``loss_fcos_cls`` over all anchor points, ``loss_fcos_loc`` (GIoU) and ``loss_fcos_ctr`` over objects'."""
+        """``loss_fcos_cls`` over all anchor points that count, ``loss_fcos_loc`` (GIoU) and ``loss_fcos_ctr`` over
+        objects'."""
         model, labels = self.model, torch.cat(recording.labels)
-        rows = torch.arange(len(labels), device=labels.device)
-        objects = (labels < recording.num_classes).nonzero(as_tuple=True)[0]
+        rows = (labels >= 0).nonzero(as_tuple=True)[0]
+        objects = ((labels >= 0) & (labels < recording.num_classes)).nonzero(as_tuple=True)[0]
         classes = focal_losses(
-            predictions.class_logits, labels, model.focal_loss_alpha, model.focal_loss_gamma
+            predictions.class_logits[rows],
+            labels[rows],
+            model.focal_loss_alpha,
+            model.focal_loss_gamma,
         )
         located = predictions.box_deltas[objects]
         anchors = recording.anchor_boxes(objects)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
+from era.modeling.detectors.class_layers import ClassLayer
 from era.modeling.detectors.families import DETECTOR_FAMILIES
+from era.modeling.detectors.rcnn_classes import check_readable, rcnn_class_layers
 from era.modeling.detectors.rcnn_heads import BoxStage, RCNNFurtherHeads
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
@@ -73,7 +75,7 @@ class RCNN(RCNNFurtherHeads, Detector):
     def check_student(self) -> None:
         """See :meth:`Detector.check_student`."""
         model, found = self.model, None
-        if not self._has_plain_heads():
+        if not self.has_plain_heads():
             found = f"{self._describe_heads()} as heads"
         elif model.roi_heads.train_on_pred_boxes:
             found = "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES True, which moves the proposals"
@@ -84,7 +86,8 @@ class RCNN(RCNNFurtherHeads, Detector):
                 "MODEL.PROPOSAL_GENERATOR or MODEL.ROI_HEADS."
             )
 
-    def _has_plain_heads(self) -> bool:
+    def has_plain_heads(self) -> bool:
+        """Whether RPN and ROI heads are those that can be watched and can judge."""
         return (
             isinstance(self.model.proposal_generator, RPN)
             and isinstance(self.model.roi_heads, StandardROIHeads)
@@ -115,6 +118,21 @@ class RCNN(RCNNFurtherHeads, Detector):
     def num_classes(self) -> int:
         """Foreground classes of the ROI heads."""
         return self.model.roi_heads.num_classes
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """Of classes and, where they are by class, of boxes and masks; see :func:`rcnn_class_layers`."""
+        return rcnn_class_layers(self)
+
+    def read_classes(self, index: Sequence[int | None]) -> None:
+        """See :meth:`Detector.read_classes` and :func:`check_readable`."""
+        check_readable(self)
+        super().read_classes(index)
+
+    def set_num_classes(self, count: int) -> None:
+        """Of the ROI heads and their predictors."""
+        self.model.roi_heads.num_classes = count
+        for stage in self.box_stages:
+            stage.predictor.num_classes = count
 
     @property
     def head_levels(self) -> set[str]:
@@ -154,7 +172,7 @@ class RCNN(RCNNFurtherHeads, Detector):
     @property
     def vector_channels(self) -> int | None:
         """Of the box head, if it ends in fully connected layers (``MODEL.ROI_BOX_HEAD.FC_DIM``)."""
-        if not self._has_plain_heads():
+        if not self.has_plain_heads():
             return None
         shape = self.box_head.output_shape
         return shape.channels if shape.height is None else None
@@ -196,7 +214,7 @@ class RCNN(RCNNFurtherHeads, Detector):
         return rpn_task_losses(self.model, recording) | of_proposals
 
     def _check_plain_heads(self, student: Detector, reason: str) -> None:
-        if not isinstance(student, RCNN) or not self._has_plain_heads():
+        if not isinstance(student, RCNN) or not self.has_plain_heads():
             raise UserError(
                 f"the teacher has {self._describe_heads()}, the student is a {type(student).__name__}: "
                 f"{reason} needs an RPN and StandardROIHeads (or CascadeROIHeads) in both; name another teacher, or switch that "
@@ -238,11 +256,19 @@ class RCNN(RCNNFurtherHeads, Detector):
         if part == "rpn":
             return rpn_loss(self.model, self.predict_anchors(features), recording)
         sample = recording.sample(samples_per_image)
-        return sample_loss(self.box_predictor, self.predict(features, sample.proposals), sample)
+        predictions = self.predict(features, sample.proposals)
+        return sample_loss(self.box_predictor, predictions, sample, knows=self.judged_by)
 
     def prediction_loss(self, predictions: Predictions, recording: RCNNRecording) -> Tensor:
         """Class and box losses."""
-        return sample_loss(self.box_predictor, predictions, recording.sample(0))
+        return sample_loss(
+            self.box_predictor, predictions, recording.sample(0), knows=self.judged_by
+        )
+
+    @property
+    def judged_by(self) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`knows`, None if every class is known."""
+        return None if self.known_classes is None else self.knows
 
     def soft_prediction_loss(
         self, predictions: Predictions, targets: Predictions, temperature: float
@@ -292,7 +318,7 @@ class RCNN(RCNNFurtherHeads, Detector):
     @property
     def head_parts(self) -> dict[str, HeadPart]:
         """``rpn`` and ``roi``, see :func:`parts_of`."""
-        return parts_of(self) if self._has_plain_heads() else {}
+        return parts_of(self) if self.has_plain_heads() else {}
 
     @property
     def foreground_levels(self) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -133,6 +133,7 @@ def sample_loss(
     predictions: Predictions,
     sample: ProposalSample,
     instead: list[Instances] | None = None,
+    knows: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Detectron2's class and box losses of a part of a step's proposals that stands for all, stratum by stratum.
 
@@ -141,6 +142,8 @@ def sample_loss(
         predictions: row by row of the sample.
         instead: what a cascade made of the sample's proposals, row by row, with classes and boxes of their own; those
             without area are left out, as in Detectron2's training.
+        knows: of classes (R,) whether the predictor has learnt them; a proposal of another one counts, and adds nothing.
+            None if it has learnt all.
 
     Returns:
         Scalar; 0, connected to the graph, of no proposal.
@@ -154,9 +157,16 @@ def sample_loss(
         if joined is not None:
             rows = rows[joined.proposal_boxes[rows].nonempty()]
             proposals = [joined[rows]]
+        share = stratum.share
+        if knows is not None:
+            kept = knows(classes_of(proposals))
+            share = share * kept.sum() / max(len(kept), 1)
+            parts = kept.split([len(own) for own in proposals])
+            proposals = [own[part] for own, part in zip(proposals, parts, strict=True)]
+            rows = rows[kept]
         with _statistics_apart():
             losses = predictor.losses(tuple(x[rows] for x in predictions), proposals)
-        total = total + stratum.share * sum(losses.values())
+        total = total + share * sum(losses.values())
     return total
 
 

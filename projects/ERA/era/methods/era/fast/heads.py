@@ -258,15 +258,23 @@ class FastHeads:
             objects = (gt_classes < predictor.num_classes).nonzero(as_tuple=True)[0]
         else:  # known without a GPU being waited for
             objects = torch.arange(len(gt_classes) * stratum.is_foreground, device=logits.device)
+        total = len(
+            gt_classes
+        )  # those of a class that the judge does not know count, and add nothing
+        if self.judge.known_classes is not None:
+            known = self.judge.knows(gt_classes)
+            objects = objects[known[objects]]
         boxes, matched = boxes[objects], matched[objects]
         deltas = deltas_of_class(deltas[:, objects], gt_classes[objects], matched.shape[1])
+        if self.judge.known_classes is not None:
+            logits, gt_classes = logits[:, known], gt_classes[known]
         if predictor.use_sigmoid_ce:
             classes = [predictor.sigmoid_cross_entropy_loss(own, gt_classes) for own in logits]
-            classes = torch.stack(classes)
+            classes = torch.stack(classes) * (len(gt_classes) / total)
         else:
             labels = gt_classes.expand(len(logits), -1)
-            classes = F.cross_entropy(logits.mT, labels, reduction="none").mean(1)
-        location = box_losses(predictor, boxes, matched, deltas).sum(1) / len(gt_classes)
+            classes = F.cross_entropy(logits.mT, labels, reduction="none").sum(1) / total
+        location = box_losses(predictor, boxes, matched, deltas).sum(1) / total
         scale = predictor.loss_weight
         losses = scale.get("loss_cls", 1.0) * classes + scale.get("loss_box_reg", 1.0) * location
         return weighted_sum(losses, weights)
