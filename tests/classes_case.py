@@ -8,6 +8,9 @@ import torch
 from builders import tiny_cfg, tiny_model
 from detectron2.modeling import build_model
 
+from era.config import student_config
+from era.modeling.teacher import teacher_config
+
 # disk, ring, crescent, square, cross, pentagon, hexagon, star are the student's; three of them the teacher knows.
 NAMES = ("Star", "cat", "ring", "dog", "disk")
 INDEX = (4, 2, None, None, None, None, None, 0)
@@ -57,7 +60,4 @@ def raw_teacher(folder: Path, names=NAMES, config: str = "era", teacher: str = "
     """The teacher of :func:`distiller` as it is without a map: a plain model of its own classes, from the same seed."""
     own, other = options(folder, names, config)
     cfg = tiny_cfg(config, *own, teacher=teacher, teacher_opts=other)
-    from era.config import student_config
-    from era.modeling.teacher import teacher_config
-
     return build_model(student_config(teacher_config(cfg)))
