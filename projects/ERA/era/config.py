@@ -20,6 +20,7 @@ from era.errors import UserError
 from era.registry import (
     BACKBONE_KEYS,
     DETECTOR_FAMILIES,
+    LAZY,
     METHOD_REGISTRY,
     is_distiller,
     label_free_methods,
@@ -72,6 +73,9 @@ def add_era_config(cfg: CfgNode) -> None:
     # and features. exact: equal names in equal order. feature_only: not at all; no method may then read the heads.
     # Without names, both take equal numbers of classes for the same ones.
     _C.MODEL.DISTILLER.CLASS_MAP = "auto"
+    # The levels of both are paired by their strides, whatever their names. True: a level of the student's without a pair is
+    # compared with the teacher's of the nearest stride, enlarged or averaged by an exact power of two.
+    _C.MODEL.DISTILLER.RESAMPLE_LEVELS = False
     # On pictures without labels the teacher's detections of at least this score, 0 to 1, choose which anchors
     # and proposals the methods look at, as ground truth does elsewhere. No loss is taken against them.
     _C.MODEL.DISTILLER.PSEUDO_SCORE = 0.5
@@ -81,12 +85,15 @@ def add_era_config(cfg: CfgNode) -> None:
 
     # ---- The teacher: a config file, weights, overrides ----------------------------------------
     _C.MODEL.TEACHER = CfgNode()
-    # Path of a config file, or a model-zoo name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml.
+    # Path of a config file, or a model-zoo name such as COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml. A LazyConfig (.py)
+    # too, with TRUST_PYTHON_CONFIG.
     _C.MODEL.TEACHER.CONFIG_FILE = ""
+    # Run a CONFIG_FILE that is Python, and whatever it imports. It can do all that you can.
+    _C.MODEL.TEACHER.TRUST_PYTHON_CONFIG = False
     # Checkpoint path or URL (detectron2://, https://). "" is an error unless ALLOW_RANDOM says
     # that random weights are meant.
     _C.MODEL.TEACHER.WEIGHTS = ""
-    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...].
+    # Overrides of the teacher's config: [KEY, VALUE, KEY, VALUE, ...]; of a LazyConfig ["model.key=value", ...].
     _C.MODEL.TEACHER.OPTS = []
     # File of its class names in the order of their numbers: one a line, or a .json with a list of them or COCO's
     # categories; the student's name for a class matches it. "" = those of the datasets of its config.
@@ -105,6 +112,8 @@ def add_era_config(cfg: CfgNode) -> None:
     _C.MODEL.TEACHER.CACHE_GIB = 4.0
     # float32 keeps what the teacher computes as it is; float16 takes half the room and rounds: another run.
     _C.MODEL.TEACHER.CACHE_DTYPE = "float32"
+
+    add_lazy_config(_C)
 
     # ---- The average of the weights (era/engine/ema.py) ------------------------------------------
     _C.MODEL.EMA = CfgNode()
@@ -173,6 +182,20 @@ def add_era_config(cfg: CfgNode) -> None:
         owner.add_config(cfg)
     for add_keys in dict.fromkeys(BACKBONE_KEYS.values()):  # several builders may share theirs
         add_keys(cfg)
+
+
+def add_lazy_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.LAZY``, in place: of a detector that a LazyConfig describes (``MODEL.META_ARCHITECTURE`` LazyModel), which
+    ``tools/lazyconfig_train_net.py`` sets."""
+    cfg.MODEL.LAZY = CfgNode()
+    # The Python file, and overrides of it: ["model.key=value", ...].
+    cfg.MODEL.LAZY.CONFIG_FILE = ""
+    cfg.MODEL.LAZY.OPTS = []
+    # Whether the file, and whatever it imports, may be run.
+    cfg.MODEL.LAZY.TRUST = False
+    # The meta-architecture that it builds, and a hash of what it says of the model.
+    cfg.MODEL.LAZY.META_ARCHITECTURE = ""
+    cfg.MODEL.LAZY.SHA256 = ""
 
 
 def get_era_cfg() -> CfgNode:
@@ -267,6 +290,9 @@ def student_config(cfg: CfgNode) -> CfgNode:
     if is_distiller(cfg):
         name = cfg.MODEL.DISTILLER.STUDENT_META_ARCHITECTURE
     stock.MODEL.META_ARCHITECTURE = name
+    if name == LAZY:
+        add_lazy_config(stock)
+        stock.MODEL.LAZY = cfg.MODEL.LAZY.clone()
     for _, family in DETECTOR_FAMILIES:
         if family.describes(stock):
             family.add_config(stock)

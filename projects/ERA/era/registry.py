@@ -24,6 +24,16 @@ DETECTOR_FAMILIES.__doc__ = "Subclasses of :class:`era.modeling.detectors.Detect
 BACKBONE_KEYS: dict[str, Callable[[CfgNode], None]] = {}
 
 
+# The meta-architecture of a model that a LazyConfig describes (MODEL.LAZY).
+LAZY = "LazyModel"
+
+
+def architecture_of(cfg: CfgNode) -> str:
+    """The meta-architecture of a plain detector's config; of a LazyConfig's that of the model which it builds."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return cfg.MODEL.LAZY.META_ARCHITECTURE if name == LAZY else name
+
+
 def is_distiller(cfg: CfgNode) -> bool:
     """Whether a config describes a distiller, not a plain detector."""
     return cfg.MODEL.META_ARCHITECTURE == "Distiller"

@@ -95,6 +95,7 @@ class Bench:
         self.detector.check_student()
         zero_init_residuals(self.student)
         self.teacher = Teacher(cfg)
+        self.teacher.fit_levels(self.detector, resample=cfg.MODEL.DISTILLER.RESAMPLE_LEVELS)
         self.channels_last = self.teacher.memory_format == torch.channels_last
         self._optimizer_state = defaultdict(dict)
         self.equal_heads = True

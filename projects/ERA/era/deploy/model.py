@@ -17,6 +17,7 @@ from era.errors import UserError
 from era.modeling.detectors import Detector, detector_of, family_of
 from era.modeling.distiller import Distiller
 from era.modeling.teacher import teacher_config
+from era.registry import LAZY
 
 
 def refuse_keypoints(detector: Detector, name: str) -> None:
@@ -66,6 +67,19 @@ class EagerBackend:
         ]
 
 
+def refuse_python(cfg: CfgNode) -> None:
+    """What a folder of format ``detectron2`` is loaded from is no code.
+
+    Raises:
+        UserError: a LazyConfig describes the model.
+    """
+    if cfg.MODEL.META_ARCHITECTURE == LAZY:
+        raise UserError(
+            f"format detectron2 writes a config in YAML, and {cfg.MODEL.LAZY.CONFIG_FILE}, a LazyConfig, describes the model in "
+            "Python: export onnx or openvino."
+        )
+
+
 def save_folder(model: nn.Module, cfg: CfgNode, alpha: int, folder: Path) -> None:
     """Write ``model.pth`` and ``config.yaml``, and for alpha 1 ``teacher.yaml``, the teacher's config.
 
@@ -74,8 +88,10 @@ def save_folder(model: nn.Module, cfg: CfgNode, alpha: int, folder: Path) -> Non
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     if alpha == 0:
         cfg = student_config(cfg)
+        refuse_python(cfg)
     else:
         teacher = teacher_config(cfg)
+        refuse_python(teacher)
         stock = student_config(cfg)
         teacher.merge_from_list(
             [
@@ -103,6 +119,8 @@ def load_folder(folder: Path, manifest: dict) -> nn.Module:
     """
     cfg = load_config(str(folder / "config.yaml"))
     cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.LAZY.TRUST = False  # nor runs code
+    cfg.MODEL.TEACHER.TRUST_PYTHON_CONFIG = False
     cfg.MODEL.TEACHER.WEIGHTS = ""  # a folder's config names nothing that is fetched
     if manifest["alpha"] == 0:
         model = build_model(cfg)

@@ -118,7 +118,15 @@ def train_net(argv: list[str] | None = None) -> None:
             error.
     """
     parser = argument_parser()
-    args = parser.parse_args(argv)
+    start(parser.parse_args(argv), parser)
+
+
+def start(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """As :func:`train_net`, of arguments that are parsed.
+
+    Args:
+        parser: whose they are.
+    """
     place = take_place(args, parser)
     if place is None and args.num_machines == 1 and args.dist_url == parser.get_default("dist_url"):
         args.dist_url = "auto"  # Detectron2's own default is one port for all runs of a user

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from era.errors import UserError
 from era.modeling.detectors import Detector
+from era.modeling.levels import can_resample
 from era.modeling.teacher import Teacher
 
 
@@ -145,9 +146,14 @@ def check_levels(
     for who, shape in shapes.items():
         missing = [level for level in levels if level not in shape]
         if missing:
+            remedy = ""
+            if who == "teacher" and can_resample(
+                [student.feature_shapes[x] for x in missing], shape
+            ):
+                remedy = ", or compare resampled maps (MODEL.DISTILLER.RESAMPLE_LEVELS True)"
             raise UserError(
                 f"{key} is {levels}, but the {who}'s backbone has no {missing} (it has {sorted(shape)}): "
-                "list levels that both models have."
+                f"list levels that both models have{remedy}."
             )
         channels = {shape[level].channels for level in levels}
         if len(channels) > 1:

@@ -96,6 +96,8 @@ class Distiller(nn.Module):
         detector.check_student()
         with _random_state_of_its_own(cfg):
             teacher = Teacher(cfg) if needs_teacher(cfg) else None
+            if teacher is not None:
+                teacher.fit_levels(detector, resample=cfg.MODEL.DISTILLER.RESAMPLE_LEVELS)
             if cfg.MODEL.DISTILLER.INIT_STUDENT != INHERIT_NOTHING:
                 check_inheritance(cfg, detector, teacher.detector)
             methods = nn.ModuleDict(

@@ -10,7 +10,7 @@ import math
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,13 +21,17 @@ from era.config import check_parts, get_era_cfg, merge_config, student_config
 from era.errors import UserError
 from era.modeling.class_map import ClassMap, find_class_map, log_class_map
 from era.modeling.detectors import (
+    Detector,
     Predictions,
     check_family,
     detector_of,
     family_of,
     known_family,
 )
+from era.modeling.lazy_model import dataset_names, is_python, lazy_overrides, read_lazy
+from era.modeling.levels import fit_levels
 from era.modeling.teacher_cache import TeacherCache
+from era.registry import LAZY
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +136,16 @@ class Teacher(nn.Module):
             "compile_backbone": keys.COMPILE,
         }
 
+    def fit_levels(self, student: Detector, *, resample: bool) -> None:
+        """Name the levels as the student's of the same strides, from now on; see :func:`era.modeling.levels.fit_levels`.
+
+        Args:
+            resample: ``MODEL.DISTILLER.RESAMPLE_LEVELS``.
+        """
+        found = fit_levels(student, self.detector, resample=resample)
+        if found.changes:
+            self.settings += f" {found}"  # the maps are others
+
     def set_memory_format(self, *, channels_last: bool) -> None:
         """Put the backbone's weights, and from now on its input, into this memory layout."""
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -160,11 +174,16 @@ class Teacher(nn.Module):
         Args:
             batched_inputs: the student's inputs; ``image`` is (3, h, w) in the student's channel order.
             height, width: size in pixels of the student's padded batch. The result is padded to at
-                least that, rounded up to what the teacher's backbone divides by.
+                least that, rounded up to what the teacher's backbone divides by, and to a square where it wants one
+                (ViTDet).
         """
         model = self.model
-        divisor = max(model.backbone.size_divisibility, 1)
-        height, width = (math.ceil(size / divisor) * divisor for size in (height, width))
+        divisor, square = padding_of(model.backbone)
+        height, width = (
+            math.ceil(max(size, square) / divisor) * divisor for size in (height, width)
+        )
+        if square > 0:
+            height = width = max(height, width)
         batch = model.pixel_mean.new_zeros(len(batched_inputs), 3, height, width)
         sizes = []
         for padded, item in zip(batch, batched_inputs, strict=True):
@@ -307,6 +326,15 @@ class Teacher(nn.Module):
         return self.detector.detect(batched_inputs)
 
 
+def padding_of(backbone: Backbone) -> tuple[int, int]:
+    """What a backbone's input is a multiple of, at least 1, and the least side of the square that it wants (0: of any form)."""
+    constraints = backbone.padding_constraints
+    # Detectron2's SimpleFeaturePyramid spells it so, and its size_divisibility says 0
+    keys = ("size_divisibility", "size_divisiblity")
+    divisor = max(backbone.size_divisibility, *(constraints.get(key, 0) for key in keys), 1)
+    return divisor, constraints.get("square_size", 0)
+
+
 def aligned(maps: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """A teacher's maps at the levels of the student's, cut to their height and width, contiguous.
 
@@ -340,6 +368,8 @@ def settings_of(teacher_cfg: CfgNode) -> str:
     """Hash of all settings of a teacher's model that stock Detectron2 knows, but where it runs."""
     keys = student_config(teacher_cfg).MODEL
     keys.DEVICE = keys.WEIGHTS = ""
+    if "LAZY" in keys:  # SHA256 says what the model is
+        keys.LAZY.CONFIG_FILE = ""
     return hashlib.sha256(keys.dump().encode()).hexdigest()
 
 
@@ -347,24 +377,35 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """The teacher's own config, from the keys under ``MODEL.TEACHER`` of the student's.
 
     Raises:
-        UserError: no such file or name, or overrides that do not fit.
+        UserError: no such file or name, overrides that do not fit, or Python that is not trusted.
     """
-    keys = cfg.MODEL.TEACHER
-    if not keys.CONFIG_FILE:
-        raise UserError(
-            'MODEL.TEACHER.CONFIG_FILE is "": expected the path of a config file or a model-zoo name; '
-            "name the teacher's."
-        )
-    teacher_cfg = get_era_cfg()  # a teacher that was trained here is described by its own config
-    merge_config(
-        teacher_cfg,
-        keys.CONFIG_FILE,
-        list(keys.OPTS),
-        what="MODEL.TEACHER.CONFIG_FILE",
-        opts_what="MODEL.TEACHER.OPTS",
-    )
+    teacher_cfg = read_teacher_config(cfg.MODEL.TEACHER)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher_cfg.MODEL.WEIGHTS = ""
+    return teacher_cfg
+
+
+def read_teacher_config(keys: CfgNode) -> CfgNode:
+    """As :func:`teacher_config`, as the file has it.
+
+    Args:
+        keys: ``MODEL.TEACHER``.
+    """
+    what, path, opts = "MODEL.TEACHER.CONFIG_FILE", keys.CONFIG_FILE, list(keys.OPTS)
+    if not path:
+        raise UserError(
+            f'{what} is "": expected the path of a config file or a model-zoo name; name the teacher\'s.'
+        )
+    teacher_cfg = get_era_cfg()  # a teacher that was trained here is described by its own config
+    if is_python(path):
+        trust = "MODEL.TEACHER.TRUST_PYTHON_CONFIG True"
+        found = read_lazy(path, opts, trusted=keys.TRUST_PYTHON_CONFIG, trust=trust, what=what)
+        own = lazy_overrides(found, path, opts, what=what)
+        teacher_cfg.merge_from_list(["MODEL.META_ARCHITECTURE", LAZY, *own])
+        teacher_cfg.DATASETS.TRAIN = dataset_names(found, "train")
+        teacher_cfg.DATASETS.TEST = dataset_names(found, "test")
+    else:
+        merge_config(teacher_cfg, path, opts, what=what, opts_what="MODEL.TEACHER.OPTS")
     return teacher_cfg
 
 

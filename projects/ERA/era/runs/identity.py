@@ -28,10 +28,11 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from era.config import get_era_cfg, load_config
+from era.config import get_era_cfg
 from era.data import made
 from era.data.datasets import register_from_config
 from era.data.image_folders import folder_of, picture_files
+from era.modeling.teacher import read_teacher_config
 from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 from era.runs.folder import read_stamp
 from era.runs.plan import FINAL, Run
@@ -43,6 +44,11 @@ ELSEWHERE = (
     "DATASETS.IMAGE_FOLDERS",
     "MODEL.TEACHER.CONFIG_FILE",
     "MODEL.TEACHER.OPTS",
+    # What a LazyConfig says of the model is in MODEL.LAZY.SHA256.
+    "MODEL.TEACHER.TRUST_PYTHON_CONFIG",
+    "MODEL.LAZY.CONFIG_FILE",
+    "MODEL.LAZY.OPTS",
+    "MODEL.LAZY.TRUST",
     # Exact unless CACHE_DTYPE says otherwise, which counts.
     "MODEL.TEACHER.CACHE",
     "MODEL.TEACHER.CACHE_GIB",
@@ -96,7 +102,7 @@ def describe(run: Run, known: Mapping[str, str]) -> dict[str, Any]:
         "evaluates": run.evaluates is not None,
         "settings": {key: _by_content(value) for key, value in own.items()},
         "weights": weights,
-        "teacher": settings(load_config(teacher.CONFIG_FILE, teacher.OPTS)) if teacher else None,
+        "teacher": settings(read_teacher_config(teacher)) if teacher else None,
         "data": {name: content(name) for name in _datasets(cfg)},
         "equal_time": [[known[name] for name in names] for names in (run.time_of, run.step_of)],
     }

@@ -12,6 +12,7 @@ from era.errors import UserError
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
 from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
+from era.registry import LAZY
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
@@ -38,9 +39,10 @@ def family_of(cfg: CfgNode) -> type[Detector]:
 
 
 def check_family(cfg: CfgNode, *, what: str = "") -> None:
-    """:meth:`Detector.check_config` of the family that a stock config describes, if one knows it."""
+    """:meth:`Detector.check_config` of the family that a stock config describes, if one knows it; keys of the model say
+    nothing where a LazyConfig does."""
     family = known_family(cfg)
-    if family is not None:
+    if family is not None and cfg.MODEL.META_ARCHITECTURE != LAZY:
         family.check_config(cfg, what=what)
 
 
@@ -69,6 +71,7 @@ def _names() -> str:
 
 
 __all__ = [
+    "DETECTOR_FAMILIES",
     "Detector",
     "Predictions",
     "Recording",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
@@ -15,13 +15,13 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.modeling.detectors.class_layers import ClassReading
+from era.modeling.detectors.class_layers import Reading
 from era.modeling.detectors.further_heads import FurtherHeads
 from era.modeling.detectors.head_outputs import HeadOutputs
 from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 
-class Detector(HeadOutputs, FurtherHeads, ClassReading, ABC):
+class Detector(HeadOutputs, FurtherHeads, Reading, ABC):
     """A stock Detectron2 model seen as a detector of one family.
 
     Not a module and without state of its own: it uses the model that it is given. A family is one file of
@@ -55,6 +55,19 @@ class Detector(HeadOutputs, FurtherHeads, ClassReading, ABC):
     @abstractmethod
     def describes(cls, cfg: CfgNode) -> bool:
         """Whether a stock config builds a detector of this family."""
+
+    @classmethod
+    def lazy_keys(cls, target: object, node: Mapping) -> list | None:
+        """What a LazyConfig says of a model, as config keys and values of this family.
+
+        Args:
+            target: what the config calls to build the model.
+            node: its arguments.
+
+        Returns:
+            ``[KEY, VALUE, ...]``; None if it builds no detector of this family, as by default.
+        """
+        return None
 
     @classmethod
     @abstractmethod

@@ -12,7 +12,7 @@ the same detector with the first stage as its only judge.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Instances, pairwise_iou
+from detectron2.utils.registry import locate
 from torch import Tensor, nn
 
 from era.errors import UserError
@@ -90,6 +91,17 @@ class CascadeRCNN(RCNN):
         known = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
         is_cascade = isinstance(known, type) and issubclass(known, CascadeROIHeads)
         return is_cascade and super().describes(cfg)
+
+    @classmethod
+    def lazy_keys(cls, target: object, node: Mapping) -> list | None:
+        """As of an R-CNN, and the ROI heads."""
+        found = super().lazy_keys(target, node)
+        if found is None:
+            return None
+        heads = node["roi_heads"]["_target_"]
+        heads = locate(heads) if isinstance(heads, str) else heads
+        is_cascade = isinstance(heads, type) and issubclass(heads, CascadeROIHeads)
+        return [*found, "MODEL.ROI_HEADS.NAME", "CascadeROIHeads"] if is_cascade else None
 
     @classmethod
     def holds(cls, model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""The part of the contract for a detector whose class layers are read as those of another set of classes."""
+"""The part of the contract for a detector that is read in another one's words: its classes, and its levels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,8 +62,8 @@ class ClassLayer(NamedTuple):
                 setattr(self.module, name, len(rows))
 
 
-class ClassReading:
-    """A detector read as one of other classes. What it then knows is an attribute of its model, ``known_classes``, so that a
+class Reading:
+    """A detector read as one of other classes and other names of levels. What it then knows is an attribute of its model, ``known_classes``, so that a
     copy of the model says the same."""
 
     model: nn.Module
@@ -80,6 +80,14 @@ class ClassReading:
     def set_num_classes(self, count: int) -> None:
         """Tell the model how many foreground classes its layers have."""
         raise NotImplementedError(f"{type(self).__name__} does not say where K is kept")
+
+    def rename_levels(self, names: Mapping[str, str]) -> None:
+        """The heads read their feature maps by new names from now on.
+
+        Args:
+            names: of every level of the backbone its new one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say which levels its heads read")
 
     def read_classes(self, index: Sequence[int | None]) -> None:
         """Become, in place, a detector of ``len(index)`` classes, the i-th of which is the class ``index[i]`` of now; None is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
@@ -42,6 +42,7 @@ from era.modeling.detectors.recording import (
     Predictions,
     TaskLoss,
 )
+from era.registry import architecture_of
 
 
 class Dense(Detector):
@@ -70,10 +71,17 @@ class Dense(Detector):
     @classmethod
     def describes(cls, cfg: CfgNode) -> bool:
         """By the meta-architecture: the stock one or one derived from it."""
-        name = cfg.MODEL.META_ARCHITECTURE
+        name = architecture_of(cfg)
         known = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
         is_derived = isinstance(known, type) and issubclass(known, cls.model_class)
         return name == cls.meta_architecture or is_derived
+
+    @classmethod
+    def lazy_keys(cls, target: object, node: Mapping) -> list | None:
+        """Of the stock model or one derived from it."""
+        if not (isinstance(target, type) and issubclass(target, cls.model_class)):
+            return None
+        return [cls.num_classes_key(), node["num_classes"], "MODEL.MASK_ON", False]
 
     @classmethod
     def holds(cls, model: nn.Module) -> bool:
@@ -119,6 +127,10 @@ class Dense(Detector):
     def set_num_classes(self, count: int) -> None:
         """Of the model."""
         self.model.num_classes = count
+
+    def rename_levels(self, names: Mapping[str, str]) -> None:
+        """Of the head."""
+        self.model.head_in_features = [names[level] for level in self.model.head_in_features]
 
     @property
     def head_levels(self) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -39,6 +39,7 @@ from era.modeling.detectors.rcnn_soft import (
     soft_roi_loss,
 )
 from era.modeling.detectors.recording import ALL_POSITIONS, Predictions, TaskLoss
+from era.registry import architecture_of
 
 
 @DETECTOR_FAMILIES.register()
@@ -53,9 +54,20 @@ class RCNN(RCNNFurtherHeads, Detector):
     @classmethod
     def describes(cls, cfg: CfgNode) -> bool:
         """By the meta-architecture: ``GeneralizedRCNN`` or one derived from it."""
-        name = cfg.MODEL.META_ARCHITECTURE
+        name = architecture_of(cfg)
         known = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
         return isinstance(known, type) and issubclass(known, GeneralizedRCNN)
+
+    @classmethod
+    def lazy_keys(cls, target: object, node: Mapping) -> list | None:
+        """Of a ``GeneralizedRCNN`` or one derived from it."""
+        if not (isinstance(target, type) and issubclass(target, GeneralizedRCNN)):
+            return None
+        heads = node["roi_heads"]
+        on = [(name, bool(heads.get(f"{name}_in_features"))) for name in ("mask", "keypoint")]
+        keys = [(f"MODEL.{name.upper()}_ON", value) for name, value in on]
+        keys.append((cls.num_classes_key(), heads["num_classes"]))
+        return [part for pair in keys for part in pair]
 
     @classmethod
     def holds(cls, model: nn.Module) -> bool:
@@ -133,6 +145,18 @@ class RCNN(RCNNFurtherHeads, Detector):
         self.model.roi_heads.num_classes = count
         for stage in self.box_stages:
             stage.predictor.num_classes = count
+
+    def rename_levels(self, names: Mapping[str, str]) -> None:
+        """Of RPN and ROI heads, with masks and keypoints."""
+        for part in (self.model.proposal_generator, self.model.roi_heads):
+            for key in (
+                "in_features",
+                "box_in_features",
+                "mask_in_features",
+                "keypoint_in_features",
+            ):
+                if getattr(part, key, None):
+                    setattr(part, key, [names[level] for level in getattr(part, key)])
 
     @property
     def head_levels(self) -> set[str]:

@@ -1,0 +1,3 @@
+"""The Faster R-CNN of toy_faster_rcnn.py under the teacher and the methods of configs/toy/era.yaml."""
+
+frame = {"config_file": "configs/toy/era.yaml", "opts": ["OUTPUT_DIR", "output/lazy/era"]}
