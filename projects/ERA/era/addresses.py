@@ -78,6 +78,33 @@ def check_nothing_fetched(cfg: CfgNode, opts: Sequence[str], *, source: str) -> 
         )
 
 
+def check_nothing_run(
+    cfg: CfgNode, opts: Sequence[str], *, source: str, teacher: bool = True
+) -> None:
+    """A folder that may come from anybody must not make this machine run the Python that it names.
+
+    Args:
+        cfg: the folder's config with the overrides in it.
+        opts: overrides that the user typed: trust among them is the user's own.
+        source: the config's file, for the message.
+        teacher: whether the teacher is built too.
+
+    Raises:
+        UserError: a LazyConfig describes a model that would be built, and only the folder says that it is trusted.
+    """
+    files = [("MODEL.LAZY.TRUST", cfg.MODEL.LAZY.TRUST, cfg.MODEL.LAZY.CONFIG_FILE)]
+    if teacher:
+        keys = cfg.MODEL.TEACHER
+        trusted = keys.TRUST_PYTHON_CONFIG and keys.CONFIG_FILE.endswith(".py")
+        files.append(("MODEL.TEACHER.TRUST_PYTHON_CONFIG", trusted, keys.CONFIG_FILE))
+    for key, trusted, file in files:
+        if trusted and key not in opts:
+            raise UserError(
+                f"{source} names {file}, Python code that describes a model, and no code is run because a folder says so: add "
+                f"{key} True to the overrides if you trust it."
+            )
+
+
 def check_bases(config_file: str, *, what: str, _derived: tuple[str, ...] = ()) -> None:
     """Walk the whole chain of ``_BASE_`` of a config file before Detectron2 follows it.
 

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from era.addresses import check_nothing_fetched
+from era.addresses import check_nothing_fetched, check_nothing_run
 from era.checkpoint.reading import misfits
 from era.config import check_parts, load_config, student_config, validate_config
 from era.data.datasets import register_from_config
@@ -126,6 +126,8 @@ def load_source(
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: expected BGR or RGB.")
     check_parts(cfg)
+    if run or recorded_opts is not None:
+        check_nothing_run(cfg, typed, source=config_file, teacher=alpha == 1)
     if alpha == 1:
         if run or recorded_opts is not None:
             check_nothing_fetched(cfg, typed, source=config_file)

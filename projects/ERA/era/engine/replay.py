@@ -20,6 +20,7 @@ from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 from torch import nn
 
+from era.addresses import check_nothing_run
 from era.checkpoint.reading import SafeCheckpointer, misfits, peek
 from era.config import load_config, validate_config
 from era.engine.bad_step import FOLDER, BadStep, read_bad_step
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     step = read_bad_step(args.file)
     run = os.path.dirname(os.path.dirname(os.path.abspath(args.file)))
     cfg = load_config(args.config_file or os.path.join(run, "config.yaml"), args.opts)
+    if not args.config_file:
+        check_nothing_run(cfg, args.opts, source=os.path.join(run, "config.yaml"))
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     validate_config(cfg)
