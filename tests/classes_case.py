@@ -9,7 +9,7 @@ from builders import tiny_cfg, tiny_model
 from detectron2.modeling import build_model
 
 from era.config import student_config
-from era.modeling.teacher import teacher_config
+from era.modeling.teacher_config import teacher_config
 
 # disk, ring, crescent, square, cross, pentagon, hexagon, star are the student's; three of them the teacher knows.
 NAMES = ("Star", "cat", "ring", "dog", "disk")

@@ -84,6 +84,16 @@ def test_names_come_from_files_of_every_form(tmp_path):
     cfg.DATASETS.TRAIN = ("mine",)
     cfg.DATASETS.COCO_FORMAT = [["mine", str(tmp_path / "y.json"), str(tmp_path)]]
     assert names_of(cfg, 2) == ("a", "b")
+    # what a teacher's config says of data that is not here is not asked for more than names
+    cfg.DATASETS.COCO_FORMAT = [
+        3,
+        ["mine"],
+        ["mine", 1, 2],
+        ["mine", str(tmp_path / "none.json"), ""],
+    ]
+    assert names_of(cfg, 2) is None
+    (tmp_path / "none.json").write_text('{"categories": [{"id": 1}]}')
+    assert names_of(cfg, 2) is None
     for text in ('{"categories": 3}', "[1]", "{", '"a"'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=r"KEY .*bad\.json cannot be read"):

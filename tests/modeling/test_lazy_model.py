@@ -19,7 +19,8 @@ from era.modeling.detectors import family_of, known_family
 from era.modeling.detectors.cascade import CascadeRCNN
 from era.modeling.detectors.retinanet import RetinaNet
 from era.modeling.lazy_model import dataset_names, lazy_overrides, read_lazy
-from era.modeling.teacher import padding_of, teacher_config
+from era.modeling.teacher import padding_of
+from era.modeling.teacher_config import teacher_config
 from era.runs.identity import settings
 
 LEVELS = "['p3', 'p4', 'p5', 'p6']"

@@ -16,7 +16,7 @@ from era.config import load_config, student_config
 from era.errors import UserError
 from era.modeling.detectors import Detector, detector_of, family_of
 from era.modeling.distiller import Distiller
-from era.modeling.teacher import teacher_config
+from era.modeling.teacher_config import teacher_config
 from era.registry import LAZY
 
 

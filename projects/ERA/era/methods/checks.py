@@ -147,8 +147,11 @@ def check_levels(
         missing = [level for level in levels if level not in shape]
         if missing:
             remedy = ""
-            if who == "teacher" and can_resample(
-                [student.feature_shapes[x] for x in missing], shape
+            is_key = key.startswith("MODEL.")
+            if (
+                who == "teacher"
+                and is_key
+                and can_resample([student.feature_shapes[x] for x in missing], shape)
             ):
                 remedy = ", or compare resampled maps (MODEL.DISTILLER.RESAMPLE_LEVELS True)"
             raise UserError(

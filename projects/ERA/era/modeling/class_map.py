@@ -145,7 +145,13 @@ def names_of(cfg: CfgNode, count: int) -> tuple[str, ...] | None:
 
 
 def _names_of_set(cfg: CfgNode, name: str) -> Sequence[str] | None:
-    listed = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT if len(entry) == 3}
+    listed = {
+        entry[0]: entry[1]
+        for entry in cfg.DATASETS.COCO_FORMAT
+        if isinstance(entry, (list, tuple))
+        and len(entry) == 3
+        and all(isinstance(x, str) for x in entry)
+    }
     if name in DatasetCatalog:
         meta = MetadataCatalog.get(name)
         if meta.get("thing_classes"):
@@ -164,7 +170,7 @@ def _names_of_set(cfg: CfgNode, name: str) -> Sequence[str] | None:
 def _categories(path: str, _mtime: int) -> tuple[str, ...]:
     with open(path, encoding="utf-8") as f:
         categories = sorted(json.load(f)["categories"], key=lambda c: c["id"])
-    return tuple(c["name"] for c in categories)
+    return tuple(str(c["name"]) for c in categories)
 
 
 def read_names(path: str, what: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from era.config import get_era_cfg
 from era.data import made
 from era.data.datasets import register_from_config
 from era.data.image_folders import folder_of, picture_files
-from era.modeling.teacher import read_teacher_config
+from era.modeling.teacher_config import read_teacher_config
 from era.registry import METHOD_REGISTRY, is_distiller, methods_of
 from era.runs.folder import read_stamp
 from era.runs.plan import FINAL, Run

@@ -24,7 +24,8 @@ from era.methods.era.config import (
 from era.methods.era.fast import Levers
 from era.modeling.detectors import Detector, family_of
 from era.modeling.detectors.recording import ALL_POSITIONS, SAMPLED_POSITIONS
-from era.modeling.teacher import Teacher, teacher_config
+from era.modeling.teacher import Teacher
+from era.modeling.teacher_config import teacher_config
 
 Builder = Callable[[CfgNode, Detector, Teacher], Method]
 MIMIC = (

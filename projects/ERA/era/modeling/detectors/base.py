@@ -15,9 +15,9 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
-from era.modeling.detectors.class_layers import Reading
 from era.modeling.detectors.further_heads import FurtherHeads
 from era.modeling.detectors.head_outputs import HeadOutputs
+from era.modeling.detectors.reading import Reading
 from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
-from era.modeling.detectors.class_layers import NEVER, ClassLayer
 from era.modeling.detectors.dense_inference import BlendedDense
 from era.modeling.detectors.dense_losses import (
     object_probability,
@@ -36,6 +35,7 @@ from era.modeling.detectors.dense_record import (
     recorded,
 )
 from era.modeling.detectors.parts import HeadPart
+from era.modeling.detectors.reading import NEVER, ClassLayer
 from era.modeling.detectors.recording import (
     ALL_POSITIONS,
     SAMPLED_POSITIONS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
-from era.modeling.detectors.class_layers import ClassLayer
 from era.modeling.detectors.families import DETECTOR_FAMILIES
-from era.modeling.detectors.rcnn_classes import check_readable, rcnn_class_layers
 from era.modeling.detectors.rcnn_heads import BoxStage, RCNNFurtherHeads
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
@@ -30,6 +28,7 @@ from era.modeling.detectors.rcnn_losses import (
     sample_loss,
 )
 from era.modeling.detectors.rcnn_parts import HeadPart, parts_of
+from era.modeling.detectors.rcnn_reading import RCNNReading
 from era.modeling.detectors.rcnn_record import recorded
 from era.modeling.detectors.rcnn_soft import (
     StageTargets,
@@ -43,7 +42,7 @@ from era.registry import architecture_of
 
 
 @DETECTOR_FAMILIES.register()
-class RCNN(RCNNFurtherHeads, Detector):
+class RCNN(RCNNFurtherHeads, RCNNReading, Detector):
     """``GeneralizedRCNN`` with an FPN, an RPN and ``StandardROIHeads``; masks and keypoints may be there."""
 
     meta_architecture = "GeneralizedRCNN"
@@ -130,33 +129,6 @@ class RCNN(RCNNFurtherHeads, Detector):
     def num_classes(self) -> int:
         """Foreground classes of the ROI heads."""
         return self.model.roi_heads.num_classes
-
-    def class_layers(self) -> dict[str, ClassLayer]:
-        """Of classes and, where they are by class, of boxes and masks; see :func:`rcnn_class_layers`."""
-        return rcnn_class_layers(self)
-
-    def read_classes(self, index: Sequence[int | None]) -> None:
-        """See :meth:`Detector.read_classes` and :func:`check_readable`."""
-        check_readable(self)
-        super().read_classes(index)
-
-    def set_num_classes(self, count: int) -> None:
-        """Of the ROI heads and their predictors."""
-        self.model.roi_heads.num_classes = count
-        for stage in self.box_stages:
-            stage.predictor.num_classes = count
-
-    def rename_levels(self, names: Mapping[str, str]) -> None:
-        """Of RPN and ROI heads, with masks and keypoints."""
-        for part in (self.model.proposal_generator, self.model.roi_heads):
-            for key in (
-                "in_features",
-                "box_in_features",
-                "mask_in_features",
-                "keypoint_in_features",
-            ):
-                if getattr(part, key, None):
-                    setattr(part, key, [names[level] for level in getattr(part, key)])
 
     @property
     def head_levels(self) -> set[str]:
@@ -288,11 +260,6 @@ class RCNN(RCNNFurtherHeads, Detector):
         return sample_loss(
             self.box_predictor, predictions, recording.sample(0), knows=self.judged_by
         )
-
-    @property
-    def judged_by(self) -> Callable[[Tensor], Tensor] | None:
-        """:meth:`knows`, None if every class is known."""
-        return None if self.known_classes is None else self.knows
 
     def soft_prediction_loss(
         self, predictions: Predictions, targets: Predictions, temperature: float

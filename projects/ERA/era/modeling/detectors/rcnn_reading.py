@@ -1,13 +1,14 @@
-"""Which layers of an R-CNN's heads have an output for every class."""
+"""An R-CNN read in another detector's words: the layers with an output for every class, and the levels of its heads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from era.errors import UserError
-from era.modeling.detectors.class_layers import NEVER, ClassLayer
+from era.modeling.detectors.reading import NEVER, ClassLayer, Reading
 
 if TYPE_CHECKING:
     from era.modeling.detectors.rcnn import RCNN
@@ -52,3 +53,39 @@ def check_readable(detector: RCNN) -> None:
             f"the teacher has {found}, and its classes are not the student's: expected StandardROIHeads (or CascadeROIHeads) "
             f"without federated losses, with masks of a MaskRCNNConvUpsampleHead if any, to be read by class; {remedy}."
         )
+
+
+class RCNNReading(Reading):
+    """Of a ``GeneralizedRCNN`` as ``model``."""
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """Of classes and, where they are by class, of boxes and masks; see :func:`rcnn_class_layers`."""
+        return rcnn_class_layers(self)
+
+    def read_classes(self, index: Sequence[int | None]) -> None:
+        """See :meth:`Reading.read_classes` and :func:`check_readable`."""
+        check_readable(self)
+        super().read_classes(index)
+
+    def set_num_classes(self, count: int) -> None:
+        """Of the ROI heads and their predictors."""
+        self.model.roi_heads.num_classes = count
+        for stage in self.box_stages:
+            stage.predictor.num_classes = count
+
+    def rename_levels(self, names: Mapping[str, str]) -> None:
+        """Of RPN and ROI heads, with masks and keypoints."""
+        for part in (self.model.proposal_generator, self.model.roi_heads):
+            for key in (
+                "in_features",
+                "box_in_features",
+                "mask_in_features",
+                "keypoint_in_features",
+            ):
+                if getattr(part, key, None):
+                    setattr(part, key, [names[level] for level in getattr(part, key)])
+
+    @property
+    def judged_by(self) -> Callable[[Tensor], Tensor] | None:
+        """:meth:`knows`, None if every class is known."""
+        return None if self.known_classes is None else self.knows
