@@ -11,7 +11,8 @@ PACKAGE = Path(era.__file__).parent
 # Parts from the ground up: each may import those above it in this list, and none below.
 ORDER = (
     "errors", "compat", "environment", "addresses", "registry", "losses", "config", "checkpoint", "modeling", "methods",
-    "data", "engine", "runs", "deploy", "convert", "report", "benchmark", "doctor", "study", "demo",
+    "data", "engine", "runs", "deploy", "convert", "report", "benchmark", "doctor", "study", "distil", "demo",
+    "__main__",
 )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ import functools
 import math
 import operator
 import os
+import warnings
 from collections.abc import Sequence
 
-from detectron2 import model_zoo, modeling
+from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 
 from era.addresses import check_bases, is_remote
@@ -27,6 +28,10 @@ from era.registry import (
     methods_of,
 )
 from era_runtime.pictures import MAX_PIXELS
+
+with warnings.catch_warnings():  # setuptools is kept below 81 for it
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+    from detectron2 import model_zoo
 
 CHANNELS_LAST = ("auto", "always", "never")
 AMP_DTYPES = ("auto", "float16", "bfloat16")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from era.errors import UserError
 
+CONSOLE = "era"  # the console command, and the package of its subcommands
 TORCHRUN, SLURM = "torchrun", "srun"
 _TORCHRUN_NEEDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _SLURM_NEEDS = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
@@ -121,7 +122,9 @@ def take_place(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Pla
 def command_line(arguments: list[str]) -> str:
     """How this program was started, with other arguments: a line for a shell, with the launcher's name in front."""
     place = place_of(os.environ)
-    command = [sys.executable, sys.argv[0], *arguments]
+    is_command = sys.argv[0].startswith(f"{CONSOLE} ")  # such as "era train"
+    program = ["-m", *sys.argv[0].split()] if is_command else [sys.argv[0]]
+    command = [sys.executable, *program, *arguments]
     if place is None:
         return shlex.join(command)
     if place.launcher == SLURM:

@@ -13,6 +13,7 @@ from era.runs.folder import remove
 from era.runs.placement import VISIBLE
 from era.runs.plan import Run
 
+CHECKPOINT = "last_checkpoint"  # fvcore's: names the file to resume from
 STOP_SECONDS = 10.0  # a child that was asked to stop is killed after that
 # Linux ends a child with its parent, however that ended, if the child asks for it: a run of a study that was
 # killed would otherwise go on and write into the folder of the run that takes its place.
@@ -33,15 +34,31 @@ def start_process(run: Run, threads: int, gpus: Sequence[str] | None = None) -> 
     """
     remove(run.folder)  # Detectron2 would append to the metrics of an earlier run
     run.folder.mkdir(parents=True)
+    return _start(run, run.command, threads, gpus)
+
+
+def go_on_process(run: Run, threads: int, gpus: Sequence[str] | None = None) -> subprocess.Popen:
+    """Start a run where an earlier process of it stopped: at its last checkpoint, if it left one, else as
+    :func:`start_process`; arguments as there."""
+    if not run.iterations or not (run.folder / CHECKPOINT).is_file():
+        return start_process(run, threads, gpus)
+    place = run.command.index("--config-file")
+    command = (*run.command[:place], "--resume", *run.command[place:])
+    return _start(run, command, threads, gpus)
+
+
+def _start(
+    run: Run, command: Sequence[str], threads: int, gpus: Sequence[str] | None
+) -> subprocess.Popen:
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if gpus is not None:
         environment[VISIBLE] = ",".join(gpus)
     follow = (sys.executable, "-S", "-c", FOLLOW, str(os.getpid()))
-    with open(run.log, "w", encoding="utf-8") as log:
-        log.write(f"$ {' '.join(run.command)}\n")
+    with open(run.log, "a", encoding="utf-8") as log:
+        log.write(f"$ {' '.join(command)}\n")
         log.flush()
         return subprocess.Popen(
-            (*(follow if sys.platform == "linux" else ()), *run.command),
+            (*(follow if sys.platform == "linux" else ()), *command),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

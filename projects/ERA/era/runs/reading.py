@@ -19,6 +19,8 @@ from era.registry import is_distiller
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 
 RESULTS = Path("inference", "coco_instances_results.json")
+# Of an evaluation by itself of the student that TEST.LEAVE_BEST left, in the folder of its run.
+BEST_FOLDER = "best"
 TEACHER_RESULTS = Path("inference", "teacher", "coco_instances_results.json")  # TEST.EVAL_TEACHER
 
 BASELINE, PLAIN, DISTILLED, TEACHER = "baseline", "plain", "distilled", "teacher"  # roles
@@ -121,7 +123,7 @@ def read_run(folder: Path, label: str) -> RunRecord:
     """Read one run's folder.
 
     A folder without metrics.json is accepted if it holds detections: that is what ``--eval-only``
-    leaves.
+    leaves. An evaluation of the best student in :data:`BEST_FOLDER` is taken instead of the last of the training.
 
     Raises:
         UserError: no such folder, no config, neither metrics nor detections, or unusable ones.
@@ -144,9 +146,11 @@ def read_run(folder: Path, label: str) -> RunRecord:
             f"{folder} holds no metrics.json with anything in it and no {RESULTS}: let the run train, or "
             "evaluate it with tools/train_net.py --eval-only."
         )
-    return RunRecord(
-        folder, label, PLAIN, cfg, metrics, recorded_ap(metrics, cfg), read_detections(folder / RESULTS)
-    )  # fmt: skip
+    best = folder / BEST_FOLDER / RESULTS
+    recorded, results = recorded_ap(metrics, cfg), folder / RESULTS
+    if best.is_file():  # its AP follows from the detections
+        recorded, results = {}, best
+    return RunRecord(folder, label, PLAIN, cfg, metrics, recorded, read_detections(results))
 
 
 def read_config(path: Path) -> CfgNode:

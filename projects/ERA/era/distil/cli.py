@@ -1,0 +1,133 @@
+"""``tools/distil.py``: read, choose, say what will be done, and do it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from era.checkpoint.writing import write_text_whole
+from era.config import load_config
+from era.distil import choices
+from era.distil.annotations import read_data, write_data
+from era.distil.configs import DISTILLED, make_configs, write_config
+from era.distil.products import (
+    DEPLOYED,
+    REPORT_FILE,
+    export_student,
+    make_runs,
+    table,
+    write_the_report,
+)
+from era.distil.request import Request, argument_parser, read_request
+from era.distil.state import STATE_FILE, Plan, make_plan, read_state, write_state
+from era.distil.timing import measure
+from era.environment import collected, usable_cores
+from era.errors import UserError
+from era.runs.execute import execute, interruptible
+from era.runs.folder import prepare_folder
+from era.runs.placement import usable_gpus
+from era.runs.process import go_on_process
+
+FAILED = 1
+HOW = "the same command goes on"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Distil; everything is in ``--output`` afterwards, and the results on the screen.
+
+    Returns:
+        Exit status: 1 if a format could not be exported.
+
+    Raises:
+        UserError: one sentence for whatever is wrong first; before the plan is said nothing was written.
+    """
+    args = argument_parser().parse_args(argv)
+    began = time.monotonic()
+    for name in ("detectron2", "fvcore", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="torch.meshgrid")  # Detectron2's own anchors
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    request = read_request(args)
+    plan = read_state(request)
+    goes_on = plan is not None
+    write = None
+    if plan is None:
+        plan, write = _prepare(request, began)
+    print(plan.told(request.output), flush=True)
+    if args.dry_run:
+        print("Nothing was written (--dry-run).")
+        return 0
+    if goes_on:
+        print(f"Going on in {request.output}.", flush=True)
+    with (
+        prepare_folder(request.output, runs=(), products=(), reuse=True),
+        interruptible(request.output, how=HOW),
+    ):
+        if write is not None:
+            write()
+        runs, problems = carry_out(plan, request)
+    _finish(runs, problems, request.output, time.monotonic() - began)
+    return FAILED if problems else 0
+
+
+def _prepare(request: Request, began: float):
+    """The plan of a new folder, and what writes it there."""
+    print("Looking at the data and the pictures ...", flush=True)
+    data = read_data(request.data, request.val, request.seed)
+    print("Taking a few steps of every training, to know how long they take ...", flush=True)
+    measured = measure(request, data, began)
+    plan = make_plan(request, data, measured)
+
+    def write() -> None:
+        write_data(data, request.output)
+        configs = make_configs(request, data, measured.chosen, request.output)
+        for name, cfg in configs.items():
+            write_config(cfg, request.output / f"{name}.yaml")
+        write_text_whole(collected(), str(request.output / "environment.txt"))
+        write_state(plan, request.output)
+
+    return plan, write
+
+
+def carry_out(plan: Plan, request: Request):
+    """Everything of a plan that is not done yet.
+
+    Returns:
+        The runs, and why exports are missing.
+
+    Raises:
+        UserError: a training failed.
+    """
+    output = request.output
+    methods = load_config(str(output / f"{DISTILLED}.yaml")).MODEL.DISTILLER.METHODS
+    runs = make_runs(plan.trainings, output, request.processes, methods)
+    gpus = usable_gpus() if request.num_gpus else ()
+    try:
+        execute(runs, jobs=1, cores=usable_cores(), gpus=gpus, reuse=True, start=go_on_process)
+    except UserError as e:
+        raise UserError(str(e).replace("--reuse keeps", "the same command keeps")) from e
+    folders, problems = export_student(output, request.formats, partial(print, flush=True))
+    write_the_report(output, plan.trainings, folders, plan.notes)
+    return runs, problems
+
+
+def _finish(runs, problems: Sequence[str], output: Path, seconds: float) -> None:
+    print(f"\n{table(runs)}\n\nDone in {choices.in_words(seconds)}. Everything is in {output}:")
+    for name, what in (
+        (f"{DISTILLED}/student", "the student, an ordinary Detectron2 model"),
+        (DEPLOYED, "the student for other programs"),
+        (REPORT_FILE, "all of it on one page; open it in a browser"),
+        (STATE_FILE, "what was asked for and chosen"),
+    ):
+        if (output / name).exists():
+            print(f"  {name:<20} {what}")
+    made = sorted(path.parent for path in (output / DEPLOYED).glob("*/manifest.json"))
+    if made:
+        print(f"Detect with it:\n  era predict --model {shlex.quote(str(made[0]))} --output found PICTURES")  # fmt: skip
+    for problem in problems:
+        print(f"missing: {problem}")
