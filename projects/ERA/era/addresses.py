@@ -16,8 +16,9 @@ from era.errors import UserError
 
 LARGEST_CONFIG = 1 << 20  # bytes
 MOST_VALUES = 100_000  # in a config; Detectron2 has about 200 keys
-# What Detectron2 can fetch. The last two name files of its own model zoo.
-SCHEMES = ("http", "https", "ftp", "detectron2", "catalog")
+HUB = "hf://"  # see era/checkpoint/hub.py
+# What can be fetched. detectron2 and catalog name files of Detectron2's own model zoo.
+SCHEMES = ("http", "https", "ftp", "detectron2", "catalog", "hf")
 
 
 def is_remote(path: str) -> bool:

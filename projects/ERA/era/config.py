@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
-from era.addresses import check_bases, is_remote
+from era.addresses import HUB, check_bases, is_remote
 from era.errors import UserError
 from era.registry import (
     BACKBONE_KEYS,
@@ -267,13 +268,15 @@ def merge_config(
 
 
 def find_config_file(config_file: str, *, what: str) -> str:
-    """Path of a config file given as a path or as a model-zoo name.
+    """Path of a config file given as a path, as a model-zoo name or as ``hf://...`` (era/checkpoint/hub.py).
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of them.
     """
     if os.path.isfile(config_file) and not is_remote(config_file):
         return config_file
+    if config_file.startswith(HUB):
+        return PathManager.get_local_path(config_file)
     try:
         return model_zoo.get_config_file(config_file)
     except RuntimeError as e:

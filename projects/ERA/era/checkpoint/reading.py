@@ -19,6 +19,8 @@ from torch import nn
 from era.addresses import is_remote
 from era.checkpoint.fetching import fetch
 from era.checkpoint.finite import check_finite
+from era.checkpoint.hub import WEIGHTS, hub_file, is_hub
+from era.checkpoint.safetensors import load_safetensors
 from era.checkpoint.settings import differences
 from era.checkpoint.unpickling import SafeUnpickler
 from era.checkpoint.writing import damage, save_whole, write_text_whole
@@ -94,7 +96,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             UserError: the file is absent, unreachable, no checkpoint, or not what its SHA-256 beside it says.
         """
         try:
-            if is_remote(path):
+            if is_hub(path):
+                path = hub_file(path, WEIGHTS, what="weights")
+            elif is_remote(path):
                 query = urlsplit(path).query  # read by Detectron2, not asked for
                 path = fetch(path, what="weights") + (f"?{query}" if query else "")
             file = urlsplit(path)._replace(query="").geturl()  # what Detectron2 opens
@@ -120,6 +124,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".safetensors"):
+            return {"model": load_safetensors(filename)}
         if not filename.endswith(".pkl"):
             return super()._load_file(filename)  # torch.load: weights_only is its default
         with open(filename, "rb") as f:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from era.addresses import is_remote
 from era.checkpoint.fetching import fetch
+from era.checkpoint.safetensors import load_safetensors
 from era.checkpoint.writing import damage
 from era.errors import UserError
 
@@ -71,7 +72,8 @@ def read_source(path: str) -> SourceFile:
         raise UserError(f"--weights is {path!r}, which is no file: correct the path.")
     if problem := damage(path):
         raise UserError(f"--weights {path!r} is damaged ({problem}): get the file again.")
-    content = _read_safetensors(path) if path.endswith(".safetensors") else _read_torch(path)
+    is_safetensors = path.endswith(".safetensors")
+    content = load_safetensors(path, what="--weights") if is_safetensors else _read_torch(path)
     tensors = content
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -123,22 +125,6 @@ def _read_torch(path: str) -> object:
         raise UserError(
             f"--weights {path!r} cannot be read without running code of the file ({_short(e)}): expected tensors by name, "
             "as torch.save(model.state_dict(), file) writes them; save the weights alone, where you trust the file."
-        ) from e
-
-
-def _read_safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as e:
-        raise UserError(
-            f"--weights {path!r} needs the package safetensors, which cannot be imported ({e}): install it (pip install "
-            "safetensors, or this package's extra timm)."
-        ) from e
-    try:
-        return load_file(path)
-    except Exception as e:  # a file of anything can fail in any way
-        raise UserError(
-            f"--weights {path!r} is no safetensors file that can be read ({_short(e)}): get the file again."
         ) from e
 
 

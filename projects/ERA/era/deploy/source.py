@@ -14,6 +14,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from era.addresses import check_nothing_fetched, check_nothing_run
+from era.checkpoint.hub import CLASSES, hub_file, is_hub
 from era.checkpoint.reading import misfits
 from era.config import check_parts, load_config, student_config, validate_config
 from era.data.datasets import register_from_config
@@ -117,6 +118,8 @@ def load_source(
                 f"{run} holds no config.yaml: expected the OUTPUT_DIR of a training run."
             )
         weights = weights or last_checkpoint(run)
+    if is_hub(config_file) and not classes_file:
+        classes_file = hub_file(config_file, CLASSES, what="--config-file")
     if not weights:
         raise UserError("--weights is missing: name the checkpoint that belongs to --config-file.")
     typed, opts = opts, [*(recorded_opts or ()), *opts]

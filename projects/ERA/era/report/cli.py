@@ -9,6 +9,7 @@ from pathlib import Path
 
 from era.errors import UserError
 from era.report.deployed import EAGER, measure
+from era.report.publish import LICENCE_WORD, publish
 from era.report.write import PICTURES, write_report
 
 DESCRIPTION = """\
@@ -23,6 +24,7 @@ examples:
   with names of your own:  %(prog)s runs/a runs/b --labels "Plain R50" "Distilled R50" --output r50.html
   with exported models:    %(prog)s output/plain output/distilled --deployed onnx openvino --latency 50
   one run alone:           %(prog)s output/distilled
+  as a model of the Hub:   %(prog)s output/plain output/distilled --publish my-r18 --license apache-2.0
 
 what it reads:
   of each run             config.yaml, metrics.json, inference/coco_instances_results.json; so the run
@@ -75,6 +77,19 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the file to write (default: %(default)s)",
     )
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the last run's student there as the Hugging Face Hub lays detectors out: model card with these figures, "
+        "config, weights in safetensors; hf://FOLDER reads it back",
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help=f"with --publish, of the weights: {LICENCE_WORD}",
+    )
     parser.add_argument("--title", default="Distillation report", help="default: %(default)s")
     parser.add_argument(
         "--pictures",
@@ -98,6 +113,10 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--latency is {args.latency}: expected a number of calls, or 0 for none.")
     if args.latency and not args.deployed:
         raise UserError("--latency has nothing to time without --deployed: name a folder there.")
+    if bool(args.publish) != bool(args.license):
+        raise UserError(
+            f"--publish FOLDER and --license NAME belong together: name both, the licence as {LICENCE_WORD}."
+        )
     times = None
     if args.latency:
         times = measure(args.deployed, args.latency, eager=eager_of(args.deployed[0]))
@@ -115,6 +134,13 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         f", eager {'beside' if EAGER in times else 'not found for'} the exports" if times else ""
     )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{timed}")
+    if args.publish:
+        folder = publish(
+            args.runs, args.publish, licence=args.license, labels=args.labels, teacher=args.teacher
+        )
+        print(
+            f"{folder}: a model card, a config and weights; hf://{folder} stands for them wherever weights are named"
+        )
 
 
 def eager_of(folder: Path):
