@@ -18,7 +18,7 @@ from era.checkpoint.finite import check_finite
 from era.checkpoint.writing import save_whole
 from era.config import check_parts, load_config, student_config
 from era.convert.forward import compare_maps
-from era.convert.libraries import library_of
+from era.convert.libraries import is_of_timm, library_of, timm_preprocessing
 from era.convert.matching import BOTTOM_UP, Matches, match
 from era.convert.source import CAFFE, TORCHVISION, Preprocessing, preprocessing_of, read_source
 from era.deploy.export import check_output
@@ -117,12 +117,9 @@ def convert(
     source = read_source(weights)
     cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", *opts])
     check_parts(cfg)
-    known = preprocessing_of(source.notes) if preprocessing == AUTO else KNOWN[preprocessing]
-    first = library_of(cfg, _model(cfg).backbone.bottom_up, stride_in_1x1=known.stride_in_1x1)
-    if preprocessing == AUTO and not source.notes:
-        known = first.preprocessing()
+    known = _preprocessing(preprocessing, source.notes, cfg)
     changed = apply_preprocessing(cfg, known)
-    model = _model(cfg)
+    model = build_model_of(student_config(cfg)).eval()
     library = library_of(cfg, model.backbone.bottom_up, stride_in_1x1=known.stride_in_1x1)
     what = f"--weights {weights!r}"
     matches = match(source.weights, library, model, cfg, what=what)
@@ -132,6 +129,12 @@ def convert(
             f"{len(matches.left) + len(matches.places)} tensors ({matches.left_share:.0%}, at most {max_left:.0%}) have no "
             f"place in it, such as {matches.left[0]}; give the config that it belongs to, or allow more with --max-left."
         )
+    try:
+        check_finite(matches.weights, output)
+    except FloatingPointError as e:
+        raise UserError(
+            f"{what} cannot be used ({e}): nothing was written; get the file again."
+        ) from e
     model.load_state_dict(matches.weights, strict=False)
     differences = compare_maps(model, library, matches.backbone, known)
     report = {
@@ -198,8 +201,13 @@ def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _model(cfg: CfgNode):
-    return build_model_of(student_config(cfg)).eval()
+def _preprocessing(asked: str, notes: str, cfg: CfgNode) -> Preprocessing:
+    """What was asked for, else what the file says, else what the library says of this network."""
+    if asked != AUTO:
+        return KNOWN[asked]
+    if not notes and is_of_timm(cfg):
+        return timm_preprocessing(cfg.MODEL.TIMM.NAME)
+    return preprocessing_of(notes)
 
 
 def _write(output: str, matches: Matches, cfg: CfgNode, report: dict) -> None:
@@ -210,7 +218,6 @@ def _write(output: str, matches: Matches, cfg: CfgNode, report: dict) -> None:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        check_finite(matches.weights, output)
         save_whole({"model": matches.weights}, str(temporary / WEIGHTS), with_hash=True)
         (temporary / CONFIG).write_text(cfg.dump(), encoding="utf-8")
         (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -223,6 +230,4 @@ def _write(output: str, matches: Matches, cfg: CfgNode, report: dict) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(e, OSError):
             raise UserError(f"--output {output} cannot be written ({e}): choose another.") from e
-        if isinstance(e, FloatingPointError):
-            raise UserError(f"--weights of {report['source']!r}: {e}; nothing was written.") from e
         raise

@@ -15,7 +15,7 @@ from era.deploy.parity import sample_images
 from era.errors import UserError
 from era_runtime.preprocess import InputRules
 
-HEIGHT, WIDTH = 128, 160  # pixels, divisible by the strides
+HEIGHT, WIDTH = 64, 96  # pixels, divisible by the strides
 TOLERANCE = 1e-6  # of the largest value of a map, in double precision
 
 
@@ -39,7 +39,7 @@ def compare_maps(
     Raises:
         UserError: a map differs by more than :data:`TOLERANCE`.
     """
-    picture = sample_images(InputRules(HEIGHT, 2 * HEIGHT, "BGR"))[0][:HEIGHT, :WIDTH]
+    picture = sample_images(InputRules(WIDTH, WIDTH, "BGR"))[0][:HEIGHT, :WIDTH]
     ordered = picture if preprocessing.channel_order == "BGR" else picture[..., ::-1]
     pixels = torch.from_numpy(np.ascontiguousarray(ordered.transpose(2, 0, 1))).double()
     _fill(library, weights)

@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from era.convert.source import TORCHVISION, Preprocessing
 from era.errors import UserError
 from era.modeling.backbones.stages import StageBackbone
-from era.modeling.backbones.timm_bodies import timm_network
+from era.modeling.backbones.timm_bodies import import_timm, timm_network
 from era.modeling.backbones.torchvision_bodies import MOBILENETV2, blocks_of, network_of
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # fmt: skip
@@ -47,10 +47,6 @@ class Library(ABC):
     @abstractmethod
     def maps(self, image: Tensor) -> list[Tensor]:
         """All that the library's own forward makes on the way, (B, C, H, W), in order."""
-
-    def preprocessing(self) -> Preprocessing:
-        """How the library's weights were trained; torchvision's unless a network says otherwise."""
-        return TORCHVISION
 
     def stage_maps(self, image: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The last map of each of these shapes, by name.
@@ -139,14 +135,27 @@ class TimmNetwork(Library):
             )
         return self.network.forward_intermediates(image, intermediates_only=True)
 
-    def preprocessing(self) -> Preprocessing:
-        """Mean and deviation of the network's pretrained weights; all of timm's are RGB."""
-        known = self.network.pretrained_cfg
-        return Preprocessing(
-            "RGB",
-            tuple(round(255 * value, 3) for value in known["mean"]),
-            tuple(round(255 * value, 3) for value in known["std"]),
-        )
+
+def is_of_timm(cfg: CfgNode) -> bool:
+    """Whether a config's backbone is a network of timm."""
+    return "_timm_" in cfg.MODEL.BACKBONE.NAME
+
+
+def timm_preprocessing(name: str) -> Preprocessing:
+    """Mean and deviation of a network's pretrained weights as timm knows them; all of timm's are RGB. torchvision's for one
+    that it does not know.
+
+    Args:
+        name: of the network; also one that does not exist.
+
+    Raises:
+        UserError: timm is not installed.
+    """
+    known = import_timm().get_pretrained_cfg(name)
+    if known is None:
+        return TORCHVISION
+    mean, std = (tuple(round(255 * v, 3) for v in values) for values in (known.mean, known.std))
+    return Preprocessing("RGB", mean, std)
 
 
 def library_of(cfg: CfgNode, bottom_up: nn.Module, *, stride_in_1x1: bool) -> Library:
@@ -160,7 +169,7 @@ def library_of(cfg: CfgNode, bottom_up: nn.Module, *, stride_in_1x1: bool) -> Li
     """
     keys, name = cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     if isinstance(bottom_up, StageBackbone):
-        if "_timm_" in name:
+        if is_of_timm(cfg):
             return TimmNetwork(cfg.MODEL.TIMM.NAME, bottom_up.body)
         is_own = "_mobilenetv2_" in name
         return TorchvisionNetwork(MOBILENETV2 if is_own else cfg.MODEL.TORCHVISION.NAME)

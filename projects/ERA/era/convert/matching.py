@@ -41,9 +41,11 @@ class Matches:
 
     @property
     def renamed(self) -> list[tuple[str, str]]:
-        """Of ``places`` those whose name is another one but for what stands before the whole of it."""
+        """Of ``places`` those whose name is another one, but for what stands before all names of a backbone."""
         return [
-            (old, new) for old, new in self.places if not new.endswith("." + old) and old != new
+            (old, new)
+            for old, new in self.places
+            if old != new.removeprefix(BOTTOM_UP).removeprefix("body.")
         ]
 
     @property

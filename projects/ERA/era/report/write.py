@@ -165,7 +165,10 @@ def settings(run: RunRecord) -> list[tuple[str, str]]:
     if detector == "Distiller":
         detector = model.DISTILLER.STUDENT_META_ARCHITECTURE
     backbone = model.BACKBONE.NAME.removeprefix("build_").removesuffix("_backbone")
-    size = [f"depth {model.RESNETS.DEPTH}"] if "resnet" in backbone else []
+    # backbones out of a library have a node of their own with the network's name
+    nodes = [model.get(part.upper(), {}) for part in backbone.split("_")]
+    size = [node["NAME"] for node in nodes if "NAME" in node]
+    size += [f"depth {model.RESNETS.DEPTH}"] if "resnet" in backbone else []
     size += [f"{model.FPN.OUT_CHANNELS} channels"] if "fpn" in backbone else []
     return [
         (detector, ""),
