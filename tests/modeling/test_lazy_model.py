@@ -9,6 +9,7 @@ from builders import TINY, batch, losses_of, tiny_cfg
 from detectron2.modeling import GeneralizedRCNN, SimpleFeaturePyramid, build_model
 from lazy_case import FASTER, SMALL_VIT, TRUST, VIT, under_vit, vit
 
+from era.addresses import check_nothing_run
 from era.checkpoint.writing import weights_hash
 from era.config import load_config, student_config, validate_config
 from era.deploy.model import refuse_python
@@ -95,7 +96,7 @@ def test_a_vit_sees_the_square_that_it_was_trained_on():
     torch.testing.assert_close(images.tensor, stock.tensor)
     with torch.no_grad():
         expected = teacher.model.backbone(stock.tensor)
-    like = {name: torch.zeros(1, 1, 4, 5) for name in expected}
+    like = {"p3": torch.zeros(1, 1, 4, 5)}
     found = teacher.features(inputs, like, (64, 96))
     torch.testing.assert_close(found["p3"], expected["p3"][..., :4, :5])
     assert padding_of(model.student.backbone) == (32, 0)
@@ -218,6 +219,23 @@ def test_what_the_entry_refuses(tmp_path):
         UserError, match=r"says nothing of data, schedule and methods.*frame = dict"
     ):
         lazy_train_net(["--config-file", str(path)])
+
+
+@pytest.mark.parametrize("key", ["MODEL.LAZY.TRUST", "MODEL.TEACHER.TRUST_PYTHON_CONFIG"])
+def test_what_a_folder_says_of_trust_counts_for_nothing(key):
+    """Only an override that the user typed does, and a teacher that is not built is not asked for."""
+    cfg = described(FASTER)
+    cfg.MODEL.LAZY.TRUST = False
+    cfg.MODEL.TEACHER.CONFIG_FILE = VIT
+    check_nothing_run(cfg, [], source="run/config.yaml")
+    cfg.merge_from_list([key, True])
+    with pytest.raises(
+        UserError, match=rf"run/config\.yaml names .*\.py, Python code.*add {key} True"
+    ):
+        check_nothing_run(cfg, ["SEED", "1"], source="run/config.yaml")
+    check_nothing_run(cfg, [key, "True"], source="run/config.yaml")
+    if key == "MODEL.TEACHER.TRUST_PYTHON_CONFIG":
+        check_nothing_run(cfg, [], source="run/config.yaml", teacher=False)
 
 
 def test_a_folder_that_is_loaded_anywhere_names_no_code():

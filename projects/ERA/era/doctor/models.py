@@ -177,11 +177,16 @@ def _about(detector: Detector) -> dict[str, str]:
         "backbone": type(detector.model.backbone).__name__,
         "heads": ", ".join(detector.heads),
         "they read": ", ".join(sorted(detector.head_levels)),
-        "classes": str(detector.num_classes),
+        "classes": _classes(detector),
         "also predicts": ", ".join(f"{name}s" for name in further) or "nothing but boxes",
         "pixel mean": ", ".join(f"{value:.1f}" for value in detector.pixel_mean),
         "weights": f"{_weights(detector.model.parameters()):,}",
     }
+
+
+def _classes(detector: Detector) -> str:
+    unknown = detector.num_classes - detector.num_known_classes
+    return f"{detector.num_classes}{f', {unknown} of them unknown' if unknown else ''}"
 
 
 def _weights(parameters: Iterable[nn.Parameter]) -> int:
