@@ -157,6 +157,25 @@ def test_logits_and_boxes_are_those_of_the_teachers_own_rows(config):
         torch.testing.assert_close(after.box_deltas, before.box_deltas)
 
 
+def test_what_a_teacher_knows_is_asked_of_labels():
+    """Background, and what does not count, are no class that could be unknown."""
+    detector = detector_of(built("plain", 5))
+    detector.read_classes((None, 0, 3))
+    assert detector.knows(torch.tensor([-1, 0, 1, 2, 3])).tolist() == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+    logits = torch.arange(20.0).view(5, 4)
+    classes = torch.tensor([3, 0, 1, 2, 3])
+    assert detector.shared_logits(logits, classes).tolist() == [
+        [x + 1, x + 2, x + 3] for x in (0, 8, 12, 16)
+    ]
+    assert detector.shared_labels(classes).tolist() == [2, 0, 1, 2]
+
+
 def test_masks_are_read_by_class_too():
     model = built("plain", 5, *MASKS).eval()
     weight = model.roi_heads.mask_head.predictor.weight.detach().clone()

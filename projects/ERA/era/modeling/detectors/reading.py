@@ -63,18 +63,14 @@ class ClassLayer(NamedTuple):
 
 
 class Reading:
-    """A detector read as one of other classes and other names of levels. What it then knows is an attribute of its model, ``known_classes``, so that a
-    copy of the model says the same."""
+    """A detector read as one of other classes, and with other names of its levels. Which classes it knows is an attribute
+    of its model, ``known_classes``, so that a copy of the model says the same."""
 
     model: nn.Module
     num_classes: int
 
     def class_layers(self) -> dict[str, ClassLayer]:
-        """The layers with an output for every class, by their names in the model.
-
-        Raises:
-            UserError: it has such layers in a form that is not known.
-        """
+        """The layers with an output for every class, by their names in the model."""
         raise NotImplementedError(f"{type(self).__name__} does not say which layers tell classes")
 
     def set_num_classes(self, count: int) -> None:
@@ -94,7 +90,7 @@ class Reading:
         a class that it does not know: its probability is 0, and softmax is over the others and background.
 
         Raises:
-            UserError: see :meth:`class_layers`.
+            UserError: its heads are of a form that cannot be read by class.
         """
         count = self.num_classes
         for layer in self.class_layers().values():
@@ -120,7 +116,7 @@ class Reading:
         Labels below 0, of what does not count, are known.
         """
         known = torch.tensor([*self.known_classes, True], device=classes.device)
-        return known[classes.clamp(min=0)]
+        return known[classes.clamp(min=0)] | (classes < 0)
 
     def shared_logits(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Class logits (R, K + 1), this detector's or another one's in the same order, as far as this one can compare them.
