@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,12 +165,20 @@ def divide(whole: Split, seed: int) -> tuple[Split, Split]:
 
 
 def _give_back(kept: list[str], files: Sequence[str], classes: dict[str, set]) -> list[str]:
-    """What stays in validation when every class has a picture to train on, as far as one is left to validate with."""
+    """What stays in validation when every class has a picture to train on; where that leaves it without an object, it
+    gets another picture, if there is one, whose classes training has elsewhere too."""
+    chosen = set(kept)
+    train = [f for f in files if f not in chosen]
+    seen = Counter(c for f in train for c in classes[f])
     for category in sorted(set().union(*classes.values())):
-        if not any(category in classes[f] for f in files if f not in kept):
-            holders = [f for f in kept if category in classes.get(f, ())]
-            if sum(f in classes for f in kept) > 1:
-                kept = [f for f in kept if f != holders[0]]
+        if not seen[category]:
+            holder = next(f for f in kept if category in classes.get(f, ()))
+            kept = [f for f in kept if f != holder]
+            train.append(holder)
+            seen.update(classes[holder])
+    if not any(f in classes for f in kept):
+        spare = (f for f in train if all(seen[c] > 1 for c in classes[f]))
+        kept = [*kept, next(spare, train[0])]
     return kept
 
 

@@ -24,6 +24,7 @@ CPU_PIXELS = 130_000  # of a step's pictures together on a CPU
 
 COCO, COCO_PASSES, MOST_PASSES = 118_000, 12, 100  # pictures and epochs of the 1x schedule
 LEAST_SEEN = 8000  # pictures of any training
+SPARE = 0.95  # of a given time is planned
 STRETCHED = 3.0  # a given time makes a schedule at most so many times the usual one
 LEAST_ITERATIONS = 100
 WARM_UP = 1000  # iterations, of the public recipes
@@ -130,12 +131,12 @@ def in_time(
         UserError: the time is not enough for 100 iterations each.
     """
     steps = sum(n * seconds for n, seconds in zip(iterations, step_seconds, strict=True))
-    factor = min((limit - besides) / steps, STRETCHED)
+    factor = min((SPARE * limit - besides) / steps, STRETCHED)
     found = [int(n * factor) for n in iterations]
     if min(found) < LEAST_ITERATIONS:
-        least = besides + steps * LEAST_ITERATIONS / min(iterations)
+        least = (besides + steps * LEAST_ITERATIONS / min(iterations)) / SPARE
         raise UserError(
-            f"--time is {in_words(limit)}, too short: expected at least {in_words(least * 1.05)}, for {LEAST_ITERATIONS} iterations of "
+            f"--time is {in_words(limit)}, too short: expected at least {in_words(least)}, for {LEAST_ITERATIONS} iterations of "
             f"every training and {in_words(besides)} of all else; give more, or leave it out."
         )
     return found

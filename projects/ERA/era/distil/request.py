@@ -137,6 +137,7 @@ def read_request(args: argparse.Namespace) -> Request:
     val = _pair("--val", args.val) if args.val else None
     weights = _teacher_weights(args.teacher, args.teacher_weights)
     find_student(args.student)
+    seconds = None if args.time is None else read_time(args.time)
     known = [name for name, _ in METHOD_REGISTRY]
     for name in args.method:
         if name not in known:
@@ -151,7 +152,7 @@ def read_request(args: argparse.Namespace) -> Request:
                 f"{option} {' '.join(opts)!r} are not pairs: expected KEY VALUE KEY VALUE ...; correct them."
             )
         _check_overrides(option, opts)
-        if args.time is not None and "SOLVER.MAX_ITER" in opts[::2]:
+        if seconds is not None and "SOLVER.MAX_ITER" in opts[::2]:
             raise UserError(
                 f"--time and SOLVER.MAX_ITER of {option} both set the schedule: expected one of them; leave the other out."
             )
@@ -162,7 +163,7 @@ def read_request(args: argparse.Namespace) -> Request:
         teacher_weights=weights,
         student=args.student,
         methods=tuple(args.method),
-        seconds=None if args.time is None else read_time(args.time),
+        seconds=seconds,
         formats=read_formats(args.formats),
         baseline=args.baseline,
         seed=args.seed,
@@ -250,7 +251,10 @@ def _teacher_weights(config: str, weights: str) -> str:
         raise UserError(
             f"--teacher is {config!r}, neither a file nor a name in Detectron2's model zoo: name one, such as {TEACHER}."
         )
-    form_of(load_config(config), what=f"--teacher {config}")
+    try:
+        form_of(load_config(config), what=f"--teacher {config}")
+    except UserError as e:
+        raise UserError(str(e).replace("--config-file", "--teacher")) from e
     if not weights and _is_zoo_name(config):
         try:
             return model_zoo.get_checkpoint_url(config)

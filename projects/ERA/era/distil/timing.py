@@ -39,7 +39,6 @@ REPORT = 20.0
 MOST_WORKERS = 4  # of a data loader
 GIB = 2**30
 NO_MEMORY = ("out of memory", "SIGKILL", "can't allocate")
-SPARE = 0.95  # of the given time is planned
 ROUNDS = 3  # until schedule and number of evaluations agree
 
 
@@ -120,7 +119,7 @@ def schedule(
         steps = sum(iterations[n] * times[n].step for n in usual)
         iterations = dict(zip(usual, choices.in_time(
             list(usual.values()), [times[n].step for n in usual], sum(seconds.values()) - steps + spent,
-            SPARE * request.seconds,
+            request.seconds,
         ), strict=True))  # fmt: skip
     return found, seconds
 

@@ -40,11 +40,18 @@ def start_process(run: Run, threads: int, gpus: Sequence[str] | None = None) -> 
 def go_on_process(run: Run, threads: int, gpus: Sequence[str] | None = None) -> subprocess.Popen:
     """Start a run where an earlier process of it stopped: at its last checkpoint, if it left one, else as
     :func:`start_process`; arguments as there."""
-    if not run.iterations or not (run.folder / CHECKPOINT).is_file():
+    command = go_on_command(run)
+    if command == run.command:
         return start_process(run, threads, gpus)
-    place = run.command.index("--config-file")
-    command = (*run.command[:place], "--resume", *run.command[place:])
     return _start(run, command, threads, gpus)
+
+
+def go_on_command(run: Run) -> tuple[str, ...]:
+    """A run's command, with ``--resume`` where its folder holds a checkpoint of a training."""
+    if not run.iterations or not (run.folder / CHECKPOINT).is_file():
+        return run.command
+    place = run.command.index("--config-file")
+    return (*run.command[:place], "--resume", *run.command[place:])
 
 
 def _start(
