@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from builders import REPO, run_tool
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -79,6 +80,8 @@ def loaded(folder: Path, *opts) -> tuple[nn.Module, SafeCheckpointer]:
     """The model of a converted folder's own config, with its checkpoint."""
     cfg = student_config(load_config(str(folder / "config.yaml"), list(opts)))
     assert str(folder / "model.pth") == cfg.MODEL.WEIGHTS
+    assert cfg.MODEL.DEVICE == get_cfg().MODEL.DEVICE
+    cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
     checkpointer = SafeCheckpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS)

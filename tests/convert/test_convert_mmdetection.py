@@ -17,7 +17,7 @@ from era.errors import UserError
 
 CONFIGS = REPO / "configs"
 SMALL = [
-    "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+    "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
     "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8,
     "MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_HEADS.NUM_CLASSES", 5, "MODEL.RETINANET.NUM_CLASSES", 5,
 ]  # fmt: skip
@@ -83,7 +83,8 @@ def mmdetection_names(model, *, first_level: int) -> dict[str, torch.Tensor]:
 
 def lively_model(config: str, opts):
     torch.manual_seed(1)
-    model = build_model(student_config(load_config(str(CONFIGS / config), opts)))
+    cfg = load_config(str(CONFIGS / config), [*opts, "MODEL.DEVICE", "cpu"])
+    model = build_model(student_config(cfg))
     draw = torch.Generator().manual_seed(2)
     for key, value in model.state_dict().items():
         if key.endswith(("running_mean", ".bias")):
@@ -123,7 +124,8 @@ def test_rows_of_a_retinanet_follow_its_anchors():
             side = 8 * 4 * 2 ** (octave / 3)
             height, width = side * proportion**0.5, side / proportion**0.5
             theirs += [-width / 2, -height / 2, width / 2, height / 2]
-    own = list(lively_model("retinanet_plain_r50.yaml", SMALL).anchor_generator.cell_anchors)[0]
+    model = lively_model("retinanet_plain_r50.yaml", SMALL)
+    own = next(iter(model.anchor_generator.cell_anchors))
     found = in_detectron2s_order("head.bbox_pred.bias", torch.tensor(theirs), cfg)
     torch.testing.assert_close(found.view(9, 4), own)
     assert not torch.allclose(torch.tensor(theirs).view(9, 4), own)

@@ -115,11 +115,13 @@ def convert(
         raise UserError(f"--max-left is {max_left:g}: expected a share from 0 to 1; set it so.")
     check_output(output)
     source = read_source(weights)
-    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", *opts])
+    cfg = load_config(config_file, opts)
     check_parts(cfg)
     known = _preprocessing(preprocessing, source.notes, cfg)
     changed = apply_preprocessing(cfg, known)
-    model = build_model_of(student_config(cfg)).eval()
+    stock = student_config(cfg)
+    stock.MODEL.DEVICE = "cpu"
+    model = build_model_of(stock).eval()
     library = library_of(cfg, model.backbone.bottom_up, stride_in_1x1=known.stride_in_1x1)
     what = f"--weights {weights!r}"
     matches = match(source.weights, library, model, cfg, what=what)
