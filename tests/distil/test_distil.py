@@ -10,7 +10,10 @@ from detectron2.modeling import build_model
 from distil_case import Forked, make_stranger
 
 from era.distil import cli, timing
+from era.distil.request import argument_parser, read_request
+from era.distil.state import read_state
 from era.errors import UserError
+from era.runs.folder import MARKER
 from era.runs.reading import read_run
 from era_runtime import load
 from era_runtime.inputs import image_files
@@ -169,3 +172,29 @@ def test_a_training_that_cannot_take_a_step_is_told_before_anything_is_written(
     with pytest.raises(UserError, match="teacher cannot be trained: it broke"):
         cli.main(stranger.args(tmp_path / "o"))
     assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_another_process_begins_meanwhile_is_left_to_it(
+    stranger, tmp_path, monkeypatch
+):
+    def steps(case, processes, *, on_gpu):
+        (tmp_path / "o").mkdir(exist_ok=True)
+        for name in (MARKER, "distil.json"):
+            (tmp_path / "o" / name).write_text("")
+        return {"seconds": [1.0], "test_seconds": 0.1}
+
+    monkeypatch.setattr(timing, "take_steps", steps)
+    with pytest.raises(UserError, match="another process has begun a distillation"):
+        cli.main(stranger.args(tmp_path / "o"))
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {MARKER, "distil.json"}
+
+
+def test_what_was_stopped_before_it_began_is_begun_again(stranger, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in (MARKER, "teacher.yaml", "environment.txt"):
+        (tmp_path / name).touch()
+    request = read_request(argument_parser().parse_args(stranger.args(tmp_path)))
+    assert read_state(request) is None
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"holds files of something else \(mine.txt"):
+        read_state(request)

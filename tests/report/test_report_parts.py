@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 from dataclasses import replace
@@ -38,6 +39,17 @@ def test_ap_is_computed_where_none_was_recorded(tmp_path):
         scored.run_scores(stranger, data)
     with pytest.raises(UserError, match="recorded no AP"):
         scored.run_scores(run, None)
+
+
+def test_an_evaluation_of_the_best_student_stands_for_the_last_of_the_training(tmp_path):
+    made = make_runs(tmp_path)
+    last = runs.read_run(made["era"], "e")
+    best = made["era"] / runs.BEST_FOLDER / runs.RESULTS
+    best.parent.mkdir(parents=True)
+    best.write_text(json.dumps(runs.read_run(made["teacher"], "t").detections))
+    run = runs.read_run(made["era"], "e")
+    assert run.detections != last.detections and run.metrics == last.metrics  # the curves stay
+    assert scored.run_scores(run, dataset.read_dataset(run))["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_broken_metrics_are_left_out():

@@ -22,6 +22,7 @@ from era.runs import execute as execution
 from era.runs import folder as folders
 from era.runs.metrics import read_metrics, step_seconds, steps_done
 from era.runs.plan import Run
+from era.runs.process import go_on_command, go_on_process
 from era.runs.progress import Progress
 from era.runs.remaining import remaining_seconds
 
@@ -331,3 +332,22 @@ def test_a_waiting_run_is_not_shown_and_one_without_steps_left_evaluates(tmp_pat
     state.process = subprocess.Popen([sys.executable, "-c", "pass"])
     state.process.wait()
     assert state.is_running and not state.is_done
+
+
+def test_a_run_goes_on_at_its_checkpoint_or_begins_anew(tmp_path):
+    """Its folder and log stay where there is a checkpoint to resume from, and go where there is none."""
+    tell = "import sys; print('told', *sys.argv[1:])"
+    run = make_run(tmp_path, "a", command=(sys.executable, "-c", tell, "--config-file", "c.yaml"))
+    for files, expected in (
+        ((), "told --config-file c.yaml"),
+        (("last_checkpoint",), "told --resume --config-file c.yaml"),
+    ):
+        run.folder.mkdir(exist_ok=True)
+        run.log.write_text("before\n")
+        for name in files:
+            (run.folder / name).touch()
+        assert go_on_process(run, 1).wait() == 0
+        text = run.log.read_text()
+        assert text.splitlines()[-1] == expected and text.startswith("before") == bool(files)
+    evaluation = make_run(tmp_path, "a", iterations=0, evaluates="b", command=run.command)
+    assert go_on_command(evaluation) == run.command  # it is done again

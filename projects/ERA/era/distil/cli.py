@@ -24,7 +24,7 @@ from era.distil.products import (
     write_the_report,
 )
 from era.distil.request import Request, argument_parser, read_request
-from era.distil.state import STATE_FILE, Plan, make_plan, read_state, write_state
+from era.distil.state import ENVIRONMENT_FILE, STATE_FILE, Plan, make_plan, read_state, write_state
 from era.distil.timing import measure
 from era.environment import collected, usable_cores
 from era.errors import UserError
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         interruptible(request.output, how=HOW),
     ):
         if write is not None:
+            if (request.output / STATE_FILE).exists():
+                raise UserError(
+                    f"another process has begun a distillation in --output {request.output}: expected a new folder; name "
+                    "another, or give the command again to go on with that one."
+                )
             write()
         runs, problems = carry_out(plan, request)
     _finish(runs, problems, request.output, time.monotonic() - began)
@@ -88,7 +93,7 @@ def _prepare(request: Request, began: float):
         configs = make_configs(request, data, measured.chosen, request.output)
         for name, cfg in configs.items():
             write_config(cfg, request.output / f"{name}.yaml")
-        write_text_whole(collected(), str(request.output / "environment.txt"))
+        write_text_whole(collected(), str(request.output / ENVIRONMENT_FILE))
         write_state(plan, request.output)
 
     return plan, write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -68,10 +69,7 @@ def _run(
     command = (sys.executable, "-u", "-m", "era", "train", *mode, "--config-file", file, *opts)
     run = Run(name, LABELS.get(config, "Teacher"), file, opts, iterations=0, num_gpus=num_gpus, command=command,
               **{"folder": output / name, **more})  # fmt: skip
-    if run.evaluates:
-        return run
-    object.__setattr__(run, "iterations", run.config.SOLVER.MAX_ITER)
-    return run
+    return run if run.evaluates else replace(run, iterations=run.config.SOLVER.MAX_ITER)
 
 
 def export_student(

@@ -20,6 +20,7 @@ from era.errors import UserError
 from era.runs.folder import MARKER
 
 STATE_FILE = "distil.json"
+ENVIRONMENT_FILE = "environment.txt"
 SCHEMA = 1
 OWN = {
     MARKER,
