@@ -24,6 +24,7 @@ ENVIRONMENT_FILE = "environment.txt"
 SCHEMA = 1
 OWN = {
     MARKER,
+    ENVIRONMENT_FILE,
     FOLDER,
     *(f"{name}.yaml" for name in (TEACHER, PLAIN, DISTILLED)),
 }  # written before it
