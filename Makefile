@@ -78,8 +78,8 @@ test: setup
 	@$(PY) -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
 lint: setup
-	@$(PY) -m ruff check projects tools tests
-	@$(PY) -m ruff format --check projects tools tests
+	@$(PY) -m ruff check projects tools tests configs/lazy
+	@$(PY) -m ruff format --check projects tools tests configs/lazy
 
 clean:
 	@rm -rf .cache .pytest_cache .ruff_cache build dist projects/ERA/build
