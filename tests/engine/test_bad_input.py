@@ -89,7 +89,7 @@ CASES = {
         teacher("MODEL.NO_KEY", 1), ["MODEL.TEACHER.OPTS", "NO_KEY"]),
     "classes differ": (
         teacher("MODEL.ROI_HEADS.NUM_CLASSES", 3),
-        ["MODEL.ROI_HEADS.NUM_CLASSES", "8", "3", "student", "teacher"]),
+        ["MODEL.TEACHER.CLASSES", "8", "3", "student", "teacher"]),
     "classes differ from the data": (
         ["MODEL.ROI_HEADS.NUM_CLASSES", "5"], ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "8"]),
     "an FPN level that is not there": (

@@ -141,7 +141,7 @@ def test_what_cannot_be_published_leaves_nothing(run, published, tmp_path):
 @pytest.mark.parametrize("address, message", [
     ("hf://nowhere", "is neither a folder nor OWNER/NAME"),
     ("hf://a/b/c", "is neither a folder nor OWNER/NAME"),
-    ("hf://../x", "has '.' or '..' in its path"),
+    ("hf://../no/such/folder", "has '.' or '..' in its path"),
     ("hf://owner/absent", "cannot be downloaded"),
 ])  # fmt: skip
 def test_addresses_that_lead_nowhere(address, message, monkeypatch, served):
