@@ -68,6 +68,13 @@ MASKS = [
     "MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
     "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_MASK_HEAD.CONV_DIM", "8",
 ]  # fmt: skip
+# The toy student on levels p2 to p6 in the place of p3 to p6.
+FROM_P2 = [
+    "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']",
+    "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6']",
+    "MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [24], [36], [52], [76]]",
+    "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
+]  # fmt: skip
 
 
 def tiny_cfg(config: str = "era", *opts, teacher: str = "teacher", teacher_opts=()):

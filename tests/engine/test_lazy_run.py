@@ -4,7 +4,7 @@ student of a LazyConfig is distilled."""
 import json
 
 import pytest
-from builders import TINY_TEACHER, TOY, cli, run_tool
+from builders import FROM_P2, TINY_TEACHER, TOY, cli, run_tool
 from deploy_case import needs
 from lazy_case import SMALL_RCNN, vit
 
@@ -13,12 +13,6 @@ from era.errors import UserError
 from era.report.cli import report_main
 from era_runtime.predict import main as predict_main
 
-FROM_P2 = [
-    "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']",
-    "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6']",
-    "MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [24], [36], [52], [76]]",
-    "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
-]  # fmt: skip
 SHORT = ["SOLVER.MAX_ITER", "4", "SEED", "5"]
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import batch, losses_of, tiny_model
+from builders import FROM_P2, batch, losses_of, tiny_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from torch.nn import functional as F
@@ -46,12 +46,6 @@ def _shifted_backbone():
 SHIFTED = [
     "MODEL.BACKBONE.NAME", "build_shifted_backbone",
     "MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5"], "MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4"],
-]  # fmt: skip
-FROM_P2 = [
-    "MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']",
-    "MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6']",
-    "MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [24], [36], [52], [76]]",
-    "MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']",
 ]  # fmt: skip
 
 

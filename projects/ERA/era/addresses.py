@@ -28,6 +28,11 @@ def is_remote(path: str) -> bool:
     return "://" in path or "://" in urlsplit(path).geturl()
 
 
+def is_hub(address: str) -> bool:
+    """Whether it begins with ``hf://``."""
+    return address.startswith(HUB)
+
+
 def check_address(path: str, *, what: str) -> None:
     """Pass a local path, and an address that stays inside the cache of downloads.
 

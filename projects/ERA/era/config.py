@@ -17,7 +17,7 @@ from detectron2 import modeling
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from era.addresses import HUB, check_bases, is_remote
+from era.addresses import check_bases, is_hub, is_remote
 from era.errors import UserError
 from era.registry import (
     BACKBONE_KEYS,
@@ -275,7 +275,7 @@ def find_config_file(config_file: str, *, what: str) -> str:
     """
     if os.path.isfile(config_file) and not is_remote(config_file):
         return config_file
-    if config_file.startswith(HUB):
+    if is_hub(config_file):
         return PathManager.get_local_path(config_file)
     try:
         return model_zoo.get_config_file(config_file)

@@ -24,11 +24,6 @@ HUB_ADDRESS = "https://huggingface.co"
 _REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w.-]*))?")
 
 
-def is_hub(address: str) -> bool:
-    """Whether it begins with ``hf://``."""
-    return address.startswith(HUB)
-
-
 def hub_file(address: str, name: str, *, what: str) -> str:
     """Path of one file of a published detector, downloaded if it is not there yet.
 

@@ -16,10 +16,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from era.addresses import is_remote
+from era.addresses import is_hub, is_remote
 from era.checkpoint.fetching import fetch
 from era.checkpoint.finite import check_finite
-from era.checkpoint.hub import WEIGHTS, hub_file, is_hub
+from era.checkpoint.hub import WEIGHTS, hub_file
 from era.checkpoint.safetensors import load_safetensors
 from era.checkpoint.settings import differences
 from era.checkpoint.unpickling import SafeUnpickler

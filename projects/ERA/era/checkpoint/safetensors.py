@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import ModuleType
 
 from torch import Tensor
 
@@ -20,12 +21,9 @@ def load_safetensors(path: str, *, what: str = "weights") -> dict[str, Tensor]:
     Raises:
         UserError: the package is absent, or the file cannot be read.
     """
+    package = _package(f"{what} {path!r}")
     try:
-        from safetensors.torch import load_file
-    except ImportError as e:
-        raise UserError(f"{what} {path!r} {_needs_package(e)}") from e
-    try:
-        return load_file(path)
+        return package.load_file(path)
     except Exception as e:  # a file of anything can fail in any way
         reason = " ".join(str(e).split())[:160] or type(e).__name__
         raise UserError(
@@ -42,14 +40,11 @@ def save_safetensors(weights: Mapping[str, Tensor], path: str, *, what: str) -> 
     Raises:
         UserError: the package is absent, or the file cannot be written.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as e:
-        raise UserError(f"{what} {_needs_package(e)}") from e
+    package = _package(what)
     try:
         try:
             with open(path + PARTIAL, "wb") as file:
-                file.write(save({name: t.contiguous() for name, t in weights.items()}))
+                file.write(package.save({name: t.contiguous() for name, t in weights.items()}))
             os.replace(path + PARTIAL, path)
         finally:
             remove(path + PARTIAL)
@@ -57,8 +52,17 @@ def save_safetensors(weights: Mapping[str, Tensor], path: str, *, what: str) -> 
         raise cannot_be_written(path, e) from e
 
 
-def _needs_package(error: ImportError) -> str:
-    return (
-        f"needs the package safetensors, which cannot be imported ({error}): install it (pip install safetensors, or this "
-        "package's extra timm)."
-    )
+def _package(what: str) -> ModuleType:
+    """``safetensors.torch``, which is optional.
+
+    Args:
+        what: needs it, for the message.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise UserError(
+            f"{what} needs the package safetensors, which cannot be imported ({e}): install it (pip install safetensors, or this "
+            "package's extra timm)."
+        ) from e
+    return safetensors.torch

@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from era.addresses import check_nothing_fetched, check_nothing_run
-from era.checkpoint.hub import CLASSES, hub_file, is_hub
+from era.addresses import check_nothing_fetched, check_nothing_run, is_hub
+from era.checkpoint.hub import CLASSES, hub_file
 from era.checkpoint.reading import misfits
 from era.config import check_parts, load_config, student_config, validate_config
 from era.data.datasets import register_from_config

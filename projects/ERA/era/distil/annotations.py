@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from era.data.pictures import check_pictures
 from era.data.validation import KEY, check_annotation_file
 from era.distil.choices import kept_for_validation
 from era.errors import UserError
+from era_runtime.manifest import sha256_file
 
 FOLDER = "data"  # below the output
 SPLIT_FILE = "split.json"
@@ -124,12 +124,12 @@ def read_data(data: tuple[str, str], val: tuple[str, str] | None, seed: int) -> 
             pictures in both.
     """
     whole = _read("--data", *data)
-    sources = {data[0]: sha256(data[0])}
+    sources = {data[0]: sha256_file(data[0])}
     if val is None:
         train, kept = divide(whole, seed)
     else:
         train, kept = whole, _read("--val", *val)
-        sources[val[0]] = sha256(val[0])
+        sources[val[0]] = sha256_file(val[0])
         _check_apart(train, kept)
     return Data(train, kept, seed if val is None else None, _has_masks(whole), sources)
 
@@ -202,11 +202,6 @@ def write_data(data: Data, folder: Path) -> None:
         "val": sorted(i["file_name"] for i in data.val.content["images"]),
     }
     (place / SPLIT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-
-def sha256(path: str) -> str:
-    """Of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _read(option: str, file: str, images: str) -> Split:

@@ -11,13 +11,14 @@ from tabulate import tabulate
 
 from era.checkpoint.writing import write_text_whole
 from era.distil import choices
-from era.distil.annotations import FOLDER, Data, sha256
+from era.distil.annotations import FOLDER, Data
 from era.distil.configs import DISTILLED, PLAIN, TEACHER, Choices, make_configs
 from era.distil.request import Request
 from era.distil.timing import Measured
 from era.engine.preflight import check_writable
 from era.errors import UserError
 from era.runs.folder import MARKER
+from era_runtime.manifest import sha256_file
 
 STATE_FILE = "distil.json"
 ENVIRONMENT_FILE = "environment.txt"
@@ -157,7 +158,7 @@ def read_state(request: Request) -> Plan | None:
             "another --output."
         )
     for path, sha in plan.sources.items():
-        if sha256(path) != sha:
+        if sha256_file(path) != sha:
             raise UserError(
                 f"{path} has changed since {output} was begun: expected the same data to go on with it; name another --output."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 import yaml
 
 from era.checkpoint.hub import CLASSES, CONFIG, WEIGHTS
@@ -146,7 +146,7 @@ def front_matter(last: Scored, *, licence: str, title: str) -> Mapping[str, Any]
         for task in TASKS
         if task in last.scores
         for name in METRICS
-        if torch.isfinite(torch.tensor(last.ap(task, name)))
+        if math.isfinite(last.ap(task, name))
     ]
     return {
         "license": licence,
