@@ -14,7 +14,7 @@ from resume_case import Kill, difference, left_behind, lines, run
 
 from era.checkpoint.writing import HASH
 from era.engine import preflight
-from era.engine.resume import MetricsFile
+from era.engine.resume import MetricsFile, torchscript_without_history
 
 LENGTH = ["SOLVER.MAX_ITER", "24", "SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.CHECKPOINTS_KEPT", "2",
           "TEST.EVAL_PERIOD", "8", "SOLVER.WARMUP_ITERS", "10", "SOLVER.STEPS", "(18,)"]  # fmt: skip
@@ -100,6 +100,25 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(name, tiny
     assert not [name for name in found["files"] if name.endswith(".partial")]
     iterations = [line["iteration"] for line in found["metrics"]]
     assert len(set(iterations)) == len(iterations) and {15, 19, 23, 24} <= set(iterations)
+
+
+@torch.jit.script
+def scripted_focal_loss(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    p = torch.sigmoid(x)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, target, reduction="none")
+    p_t = p * target + (1 - p) * (1 - target)
+    return (entropy * (1 - p_t) ** 2.0 * (0.25 * target + 0.75 * (1 - target))).sum()
+
+
+def test_a_scripted_function_gives_the_same_bits_in_its_first_call_and_later():
+    """A resumed run's first step calls it for the first time, where the whole run has called it for days."""
+    x = torch.randn(500, 8, requires_grad=True)
+    target = (torch.rand(500, 8) < 0.1).float()
+    with torchscript_without_history("cpu"):
+        first, *others = (
+            torch.autograd.grad(scripted_focal_loss(x, target), x)[0] for _ in range(5)
+        )
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_as_before(tiny_data, tmp_path):

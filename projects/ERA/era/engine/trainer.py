@@ -62,6 +62,7 @@ from era.engine.resume import (
     limit_histories,
     put_scalars_back,
     scalars_of,
+    torchscript_without_history,
 )
 from era.engine.schedule import amp_dtype, scale_to_world
 from era.engine.stepping import StepTrainer
@@ -260,7 +261,8 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict | None:
         """As DefaultTrainer; the last evaluation's metrics on the main process. It may end early (``TEST.PATIENCE``)."""
         try:
-            return super().train()
+            with torchscript_without_history(self.cfg.MODEL.DEVICE):
+                return super().train()
         except Enough:
             return compat.last_evaluation(self)
 
