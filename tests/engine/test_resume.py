@@ -62,7 +62,7 @@ CASES = {
     "two averaged": (  # processes, whose statistics of BatchNorm differ, in float16
 
         "plain",
-        [*SEEDED, *AVERAGED, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"],
+        [*SEEDED, *AVERAGED, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16", "DATALOADER.NUM_WORKERS", "2"],
         [Kill(step=12, rank=1), Kill(write="model_0000019.pth")],
     ),
 }  # fmt: skip
