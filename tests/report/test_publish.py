@@ -88,7 +88,7 @@ def test_the_card_tells_what_the_hub_and_a_reader_want(run, published):
     assert {"type": "bbox_AP", "value": round(recorded, 2)} in result["metrics"]
     rows = [line for line in body.splitlines() if line.startswith("| distilled")]
     assert rows and rows[0].startswith(r"| distilled\_\|\_run |")  # a name breaks no table
-    assert "GeneralizedRCNN on small\\_resnet\\_fpn, trained with ERA by a teacher of" in body
+    assert "Faster R-CNN on small\\_resnet\\_fpn, trained with ERA by a teacher of" in body
     classes = (published / "classes.txt").read_text().split()
     assert len(classes) == 8 and all(name in body for name in classes)
 

@@ -20,6 +20,7 @@ from era.errors import UserError
 from era.methods import Chart, Method
 from era.registry import METHOD_REGISTRY
 from era.report import cli, curves, scored, write_report
+from era.report.write import settings
 from era.runs import reading as runs
 
 
@@ -148,6 +149,35 @@ def test_runs_of_a_dense_family(tmp_path):
     assert "+16.1" in text and "era: what distillation adds to the loss" in text
     assert "Each model’s own detection loss" in text
     assert "Of all 6 test images, era has the higher F1 in 6, plain in 0" in text
+
+
+def test_losses_on_the_test_pictures_are_drawn_where_a_run_has_them(made, tmp_path):
+    heading = "Each model’s own detection loss on the test pictures"
+    folders = [made["plain"], made["era"]]
+    assert heading not in write_report(folders, tmp_path / "without.html").read_text()
+    path = made["era"] / "metrics.json"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[:2]:
+        line["validation/total_loss"] = 2.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert heading in write_report(folders, tmp_path / "with.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "config, title",
+    [
+        ("plain", "Faster R-CNN"),
+        ("mask_era", "Mask R-CNN"),
+        ("cascade_era", "Cascade R-CNN"),
+        ("retinanet_plain", "RetinaNet"),
+        ("fcos_era", "FCOS"),
+    ],
+)
+def test_a_detector_is_called_as_people_call_it(config, title, tmp_path):
+    triple = make_dataset(tmp_path / "data", f"report_{tmp_path.name}")
+    detections = found(tmp_path / "data", lambda i: 1)
+    run = runs.read_run(make_run(tmp_path / "run", config, triple, detections, 29.3), "run")
+    assert settings(run)[0] == (title, "")
 
 
 def test_masks_have_columns_tables_and_outlines(tmp_path):

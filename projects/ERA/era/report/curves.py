@@ -10,6 +10,7 @@ from era.report.scored import Scored
 from era.runs.reading import TASKS, scalar_prefix
 from era.runs.series import chart_series, method_charts, method_losses, own_losses, series
 
+VALIDATION_LOSS = "validation/total_loss"  # of TEST.LOSS
 AP_OF = {"bbox": "Box AP", "segm": "Mask AP"}  # as a heading
 
 
@@ -26,6 +27,17 @@ def training_charts(scored: Sequence[Scored]) -> list[LineChart]:
             "distillation adds to it is drawn apart.",
         )
     ]
+    held_out = [_curve(s, [VALIDATION_LOSS]) for s in scored]
+    if any(len(curve.x) > 1 for curve in held_out):
+        charts.append(
+            line_chart(
+                "Each model’s own detection loss on the test pictures",
+                held_out,
+                y_label="sum of the loss terms of the detector itself",
+                ident="chart-validation",
+                note="Where it rises while the loss in training falls, a model learns its pictures by heart.",
+            )
+        )
     for task in TASKS:
         evaluations = [_curve(s, [f"{scalar_prefix(s.run.cfg)}{task}/AP"]) for s in scored]
         if any(len(curve.x) > 1 for curve in evaluations):

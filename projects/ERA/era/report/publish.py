@@ -21,6 +21,7 @@ from era.deploy.source import Source, load_source
 from era.engine.best import BEST_FILE
 from era.environment import versions
 from era.errors import UserError
+from era.modeling.detectors import family_of
 from era.report.page import number
 from era.report.scored import Scored, score_runs
 from era.report.write import find_dataset
@@ -187,7 +188,7 @@ def _stock_config(source: Source) -> str:
 
 def _kind(source: Source) -> str:
     backbone = source.cfg.MODEL.BACKBONE.NAME.removeprefix("build_").removesuffix("_backbone")
-    return f"{source.cfg.MODEL.META_ARCHITECTURE} on {backbone}"
+    return f"{family_of(source.cfg).title(source.cfg)} on {backbone}"
 
 
 def _teacher_of(scored: Sequence[Scored]) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from era.config import student_config
 from era.errors import UserError
+from era.modeling.detectors import known_family
 from era.report.curves import AP_OF, training_charts
 from era.report.deployed import EAGER, quartiles, read_deployed
 from era.report.examples import make_gallery
@@ -161,9 +163,9 @@ def settings(run: RunRecord) -> list[tuple[str, str]]:
     if run.role == TEACHER and not run.metrics:  # known from its student's run alone
         return [(NONE, "")] * 7
     model, solver = run.cfg.MODEL, run.cfg.SOLVER
-    detector = model.META_ARCHITECTURE
-    if detector == "Distiller":
-        detector = model.DISTILLER.STUDENT_META_ARCHITECTURE
+    student = student_config(run.cfg)
+    family = known_family(student)
+    detector = student.MODEL.META_ARCHITECTURE if family is None else family.title(student)
     backbone = model.BACKBONE.NAME.removeprefix("build_").removesuffix("_backbone")
     # backbones out of a library have a node of their own with the network's name
     nodes = [model.get(part.upper(), {}) for part in backbone.split("_")]

@@ -57,6 +57,11 @@ class Detector(HeadOutputs, FurtherHeads, Reading, ABC):
         """Whether a stock config builds a detector of this family."""
 
     @classmethod
+    def title(cls, cfg: CfgNode) -> str:
+        """What people call the detector that a stock config describes, for reports."""
+        return cls.meta_architecture
+
+    @classmethod
     def lazy_keys(cls, target: object, node: Mapping) -> list | None:
         """What a LazyConfig says of a model, as config keys and values of this family.
 

@@ -93,6 +93,11 @@ class CascadeRCNN(RCNN):
         return is_cascade and super().describes(cfg)
 
     @classmethod
+    def title(cls, cfg: CfgNode) -> str:
+        """Cascade R-CNN, with the heads beside those of boxes."""
+        return f"Cascade {super().title(cfg).removeprefix('Faster ')}"
+
+    @classmethod
     def lazy_keys(cls, target: object, node: Mapping) -> list | None:
         """As of an R-CNN, and the ROI heads."""
         found = super().lazy_keys(target, node)

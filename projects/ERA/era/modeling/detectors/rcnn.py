@@ -58,6 +58,12 @@ class RCNN(RCNNFurtherHeads, RCNNReading, Detector):
         return isinstance(known, type) and issubclass(known, GeneralizedRCNN)
 
     @classmethod
+    def title(cls, cfg: CfgNode) -> str:
+        """Faster R-CNN, or the heads beside that of boxes in its place."""
+        heads = [name for name in ("Mask", "Keypoint") if cfg.MODEL[f"{name.upper()}_ON"]]
+        return f"{' '.join(heads) or 'Faster'} R-CNN"
+
+    @classmethod
     def lazy_keys(cls, target: object, node: Mapping) -> list | None:
         """Of a ``GeneralizedRCNN`` or one derived from it."""
         if not (isinstance(target, type) and issubclass(target, GeneralizedRCNN)):
