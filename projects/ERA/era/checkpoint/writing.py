@@ -1,10 +1,14 @@
-"""Files are written whole or not at all; a checkpoint's SHA-256 beside it; the identity of weights."""
+"""Files and folders are written whole or not at all; a checkpoint's SHA-256 beside it; the identity of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +90,61 @@ def write_text_whole(text: str, path: str) -> None:
             remove(path + PARTIAL)
     except OSError as e:
         raise cannot_be_written(path, e) from e
+
+
+def check_new_folder(output: str | Path, flag: str = "--output") -> None:
+    """A folder that is to be written is absent or empty.
+
+    Args:
+        flag: that named it, for the message.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"{flag} {output} exists and is not an empty folder: name another, or remove it."
+        )
+
+
+@contextmanager
+def folder_whole(output: str | Path, flag: str = "--output") -> Iterator[Path]:
+    """A folder, whole or not at all: what is written inside goes into a temporary neighbour, which gets the folder's name
+    when the block ends. If it ends by an error, nothing is left, nor the folders above that were made for it.
+
+    Args:
+        output: absent or empty, see :func:`check_new_folder`.
+        flag: that named it, for the message.
+
+    Yields:
+        The temporary folder, for everybody to read.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    final = Path(output).absolute()
+    made = [parent for parent in final.parents if not parent.exists()]  # the deepest first
+    temporary = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        temporary.chmod(0o755)  # mkdtemp keeps others out
+        yield temporary
+        if final.exists():
+            final.rmdir()
+        temporary.rename(final)
+    except BaseException as e:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if isinstance(e, OSError):
+            raise UserError(
+                f"{flag} {output} cannot be written ({e.strerror or e}): name a folder where you may write."
+            ) from e
+        raise
 
 
 def cannot_be_written(path: str, error: OSError) -> UserError:

@@ -6,22 +6,18 @@ import argparse
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from era.checkpoint.finite import check_finite
-from era.checkpoint.writing import save_whole
+from era.checkpoint.writing import check_new_folder, folder_whole, save_whole
 from era.config import check_parts, load_config, student_config
 from era.convert.forward import compare_maps
 from era.convert.libraries import is_of_timm, library_of, timm_preprocessing
 from era.convert.matching import BOTTOM_UP, Matches, match
 from era.convert.source import CAFFE, TORCHVISION, Preprocessing, preprocessing_of, read_source
-from era.deploy.export import check_output
 from era.engine.preflight import build_model_of
 from era.environment import versions
 from era.errors import UserError
@@ -113,7 +109,7 @@ def convert(
     """
     if not 0 <= max_left <= 1:
         raise UserError(f"--max-left is {max_left:g}: expected a share from 0 to 1; set it so.")
-    check_output(output)
+    check_new_folder(output)
     source = read_source(weights)
     cfg = load_config(config_file, opts)
     check_parts(cfg)
@@ -213,23 +209,8 @@ def _preprocessing(asked: str, notes: str, cfg: CfgNode) -> Preprocessing:
 
 
 def _write(output: str, matches: Matches, cfg: CfgNode, report: dict) -> None:
-    """The folder, whole or not at all."""
-    final = Path(output).absolute()
-    temporary = None
     cfg.MODEL.WEIGHTS = os.path.join(output, WEIGHTS)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        save_whole({"model": matches.weights}, str(temporary / WEIGHTS), with_hash=True)
-        (temporary / CONFIG).write_text(cfg.dump(), encoding="utf-8")
-        (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp keeps others out
-        if final.exists():
-            final.rmdir()
-        temporary.rename(final)
-    except BaseException as e:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise UserError(f"--output {output} cannot be written ({e}): choose another.") from e
-        raise
+    with folder_whole(output) as folder:
+        save_whole({"model": matches.weights}, str(folder / WEIGHTS), with_hash=True)
+        (folder / CONFIG).write_text(cfg.dump(), encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

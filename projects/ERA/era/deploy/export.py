@@ -6,13 +6,13 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from era.checkpoint.writing import check_new_folder, folder_whole
 from era.deploy import parity
 from era.deploy.formats import FORMATS, OPSET, RUNTIMES, check_format, outputs_of, write_model
 from era.deploy.model import refuse_keypoints
@@ -131,20 +131,7 @@ def check_request(name: str, output: str, alpha: int, int8: bool, calibrate: Seq
             "--int8 and --calibrate belong together: int8 learns its ranges from images of your own; "
             "give both or neither."
         )
-    check_output(output)
-
-
-def check_output(output: str) -> None:
-    """A folder that is to be written is absent or empty.
-
-    Raises:
-        UserError: it is not.
-    """
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"--output {output} exists and is not an empty folder: name another, or remove it."
-        )
+    check_new_folder(output)
 
 
 def read_images(paths: Sequence[str], flag: str, most: int) -> list[np.ndarray]:
@@ -188,32 +175,14 @@ def export(
     if name != "detectron2":
         refuse_keypoints(detector_of(source.model), name)
     tolerance = tolerance or (parity.INT8 if calibration else parity.Tolerance())
-    final = Path(output).absolute()
-    made = _missing_parents(final)
-    temporary = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        report = _write_and_compare(source, name, temporary, calibration, parity_images, tolerance)
+    with folder_whole(output) as folder:
+        report = _write_and_compare(source, name, folder, calibration, parity_images, tolerance)
         if report.problems:
             raise UserError(
                 f"the exported {name} model differs from eager: {report.problems[0]}"
                 + (f" (and {len(report.problems) - 1} more)" if len(report.problems) > 1 else "")
                 + "; nothing was kept."
             )
-        temporary.chmod(0o755)  # mkdtemp keeps others out
-        if final.exists():
-            final.rmdir()
-        temporary.rename(final)
-    except BaseException as e:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(e, OSError):
-            raise UserError(f"--output {output} cannot be written ({e}): choose another.") from e
-        raise
     return report
 
 
@@ -303,7 +272,3 @@ def write_manifest(source: Source, name: str, folder: Path, int8: bool) -> None:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
-
-def _missing_parents(path: Path) -> list[Path]:
-    """Folders above ``path`` that do not exist, the deepest first."""
-    return [parent for parent in path.parents if not parent.exists()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import yaml
 
 from era.checkpoint.hub import CLASSES, CONFIG, WEIGHTS
 from era.checkpoint.safetensors import save_safetensors
+from era.checkpoint.writing import check_new_folder, folder_whole
 from era.config import student_config
 from era.deploy.source import Source, load_source
 from era.engine.best import BEST_FILE
@@ -63,8 +63,7 @@ def publish(
         raise UserError(
             f"--license is {licence!r}: expected {LICENCE_WORD}; name the one that you give the weights."
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--publish {output} is there and not empty: name a new folder.")
+    check_new_folder(output, "--publish")
     runs = read_runs(folders, labels=labels, teacher=teacher)
     dataset, _ = find_dataset(runs[0])
     scored = score_runs(runs, dataset, {})
@@ -76,24 +75,13 @@ def publish(
         )
     classes = list(dataset.classes) if dataset is not None else None
     source = _source(config, weights, classes)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as place:
-            made = Path(place) / output.name
-            made.mkdir()
-            save_safetensors(source.model.state_dict(), str(made / WEIGHTS), what="--publish")
-            (made / CONFIG).write_text(_stock_config(source), encoding="utf-8")
-            names = [category["name"] for category in source.categories]
-            (made / CLASSES).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            card = model_card(scored, last, source, licence=licence, title=title)
-            (made / CARD).write_text(card, encoding="utf-8")
-            if output.is_dir():
-                output.rmdir()
-            os.rename(made, output)
-    except OSError as e:
-        raise UserError(
-            f"--publish {output} cannot be written ({e.strerror or e}): name a folder where you may write."
-        ) from e
+    with folder_whole(output, "--publish") as made:
+        save_safetensors(source.model.state_dict(), str(made / WEIGHTS), what="--publish")
+        (made / CONFIG).write_text(_stock_config(source), encoding="utf-8")
+        names = [category["name"] for category in source.categories]
+        (made / CLASSES).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        card = model_card(scored, last, source, licence=licence, title=title)
+        (made / CARD).write_text(card, encoding="utf-8")
     return output
 
 
