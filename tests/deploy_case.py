@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 
 from era.config import load_config, student_config
 from era.deploy import formats, parity
+from era.deploy.batched import BatchForm
 from era.deploy.export import export
 from era.deploy.source import Source, load_source
 from era.modeling.detectors import detector_of, family_of
@@ -152,3 +153,26 @@ def mask_exported(name: str) -> tuple[Path, parity.Report]:
     """The same of the Mask R-CNN."""
     folder = FOLDER / f"{name}-masks"
     return folder, export(mask_source(), name, str(folder))
+
+
+FIXED = BatchForm(3, (96, 128))  # as the toy pictures are scaled, and for portraits smaller
+
+
+def batch_exported(
+    config: str, form: BatchForm, alpha: int = 0, name: str = "onnx"
+) -> tuple[Path, parity.Report]:
+    """A deployment folder over batches, and its parity report; ``masks`` is the Mask R-CNN."""
+    return _batch_exported(config, form, alpha, name)
+
+
+@functools.cache
+def _batch_exported(
+    config: str, form: BatchForm, alpha: int, name: str
+) -> tuple[Path, parity.Report]:
+    folder = FOLDER / f"{config}-{name}-{alpha}-{'fixed' if form.shape else 'any'}"
+    return folder, export(batch_source(config, alpha), name, str(folder), form=form)
+
+
+def batch_source(config: str, alpha: int = 0) -> Source:
+    """What :func:`batch_exported` exports."""
+    return mask_source() if config == "masks" else source(alpha, config)

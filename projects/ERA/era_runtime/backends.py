@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
+from era_runtime.batches import IMAGES, BatchBackend
 from era_runtime.errors import DeploymentError
 
 Output = tuple[np.ndarray, ...]
@@ -34,21 +35,39 @@ def require(module: str, *, package: str, what: str) -> ModuleType:
         ) from e
 
 
+def onnx_backend(folder: Path, manifest: dict, num_threads: int | None):
+    """onnxruntime on the CPU, of a graph of either kind."""
+    ort = require("onnxruntime", package="onnxruntime", what="a folder of format onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = num_threads
+    session = ort.InferenceSession(
+        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    takes = {value.name: value.shape for value in session.get_inputs()}
+    if IMAGES not in takes:
+        return OnnxBackend(session)
+    names = [output.name for output in session.get_outputs()]
+    # a fixed axis is a number, any other a name
+    count, _, height, width = (x if isinstance(x, int) else None for x in takes[IMAGES])
+    return BatchBackend(
+        lambda feed: dict(zip(names, session.run(names, feed), strict=True)),
+        takes,
+        manifest["input"]["mean"],
+        count,
+        (height, width) if height and width else None,
+    )
+
+
 class OnnxBackend:
     """onnxruntime on the CPU; one image a call."""
 
     max_batch = 1
 
-    def __init__(self, folder: Path, manifest: dict, num_threads: int | None):
-        ort = require("onnxruntime", package="onnxruntime", what="a folder of format onnx")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
-            options.inter_op_num_threads = num_threads
-        self.session = ort.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+    def __init__(self, session):
+        self.session = session
         given = {output.name for output in self.session.get_outputs()}
         self.names = [name for name in OUTPUT_NAMES if name in given]
 
@@ -57,18 +76,33 @@ class OnnxBackend:
         return [tuple(self.session.run(self.names, {"image": image})) for image in images]
 
 
+def openvino_backend(folder: Path, manifest: dict, num_threads: int | None):
+    """OpenVINO on the CPU in float32, of a graph of either kind."""
+    ov = require("openvino", package="openvino", what="a folder of format openvino")
+    # Without the hint OpenVINO may compute in bfloat16 on CPUs that have it.
+    config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if num_threads is not None:
+        config["INFERENCE_NUM_THREADS"] = num_threads
+    model = ov.Core().compile_model(str(folder / "model.xml"), "CPU", config)
+    takes = [name for value in model.inputs for name in value.names]
+    if IMAGES not in takes:
+        return OpenVinoBackend(model)
+    names = [name for output in model.outputs for name in output.names]
+
+    def run(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = model(feed)
+        return {name: found[name].copy() for name in names}
+
+    return BatchBackend(run, takes, manifest["input"]["mean"])
+
+
 class OpenVinoBackend:
     """OpenVINO on the CPU in float32; one image a call."""
 
     max_batch = 1
 
-    def __init__(self, folder: Path, manifest: dict, num_threads: int | None):
-        ov = require("openvino", package="openvino", what="a folder of format openvino")
-        # Without the hint OpenVINO may compute in bfloat16 on CPUs that have it.
-        config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        if num_threads is not None:
-            config["INFERENCE_NUM_THREADS"] = num_threads
-        self.model = ov.Core().compile_model(str(folder / "model.xml"), "CPU", config)
+    def __init__(self, model):
+        self.model = model
         given = {name for output in self.model.outputs for name in output.names}
         self.names = [name for name in OUTPUT_NAMES if name in given]
 
@@ -142,6 +176,6 @@ def detectron2_backend(folder: Path, manifest: dict, num_threads: int | None):
 BACKENDS = {
     "detectron2": detectron2_backend,
     "torchscript": TorchScriptBackend,
-    "onnx": OnnxBackend,
-    "openvino": OpenVinoBackend,
+    "onnx": onnx_backend,
+    "openvino": openvino_backend,
 }

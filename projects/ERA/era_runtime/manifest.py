@@ -10,7 +10,9 @@ from pathlib import Path
 from era_runtime.errors import DeploymentError
 from era_runtime.onnx_file import external_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of folders whose model takes one picture, or is of format detectron2
+BATCH_FORMAT_VERSION = 2  # of graphs over batches
+FORMAT_VERSIONS = (FORMAT_VERSION, BATCH_FORMAT_VERSION)
 MANIFEST = "manifest.json"
 CLASSES = "classes.json"
 PARITY = "parity.json"
@@ -74,15 +76,16 @@ def read_manifest(folder: str | Path) -> dict:
     except (ValueError, RecursionError) as e:
         raise DeploymentError(f"{path} is not JSON ({e}): export the model again.") from e
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS or isinstance(version, (bool, float)):
         raise DeploymentError(
-            f"{path} has format_version {version!r}: this version reads {FORMAT_VERSION}; export the "
+            f"{path} has format_version {version!r}: this version reads {' and '.join(map(str, FORMAT_VERSIONS))}; export the "
             "model again, or use the version of this package that made the folder."
         )
     _check_entries(path, manifest, _KEYS)
     _check_entries(path, manifest["input"], _INPUT_KEYS)
     _check_ranges(path, manifest, _RANGES)
     _check_ranges(path, manifest["input"], _INPUT_RANGES)
+    _check_batch_entries(path, manifest)
     order = manifest["input"]["channel_order"]
     if order not in CHANNEL_ORDERS:
         raise DeploymentError(
@@ -131,6 +134,24 @@ def _check_ranges(path: Path, found: dict, ranges: dict[str, tuple[int, int]]) -
             raise DeploymentError(
                 f"{path} has {key} {value!r}: expected a number from {low} to {high}; export the model again."
             )
+
+
+def _check_batch_entries(path: Path, manifest: dict) -> None:
+    """The one input shape, where there is one, and what a graph over batches is padded with."""
+    if manifest["input"].get("shape") is not None:
+        _check_numbers(path, manifest["input"], "shape", 2, (1, MAX_EDGE), int)
+    if manifest["format_version"] == BATCH_FORMAT_VERSION:
+        _check_numbers(path, manifest["input"], "mean", 3, (-MAX_EDGE, MAX_EDGE), (int, float))
+
+
+def _check_numbers(path: Path, found: dict, key: str, count: int, limits: tuple, kind) -> None:
+    values = found.get(key)
+    if not isinstance(values, list) or len(values) != count or not all(isinstance(v, kind) for v in values):  # fmt: skip
+        raise DeploymentError(
+            f"{path} has {key} {values!r}: expected a list of {count} numbers; export the model again."
+        )
+    for value in values:
+        _check_ranges(path, {key: value}, {key: limits})
 
 
 def _check_external_data(path: Path, files: dict) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -15,9 +16,9 @@ from era_runtime.backends import require
 from era_runtime.draw import draw
 from era_runtime.errors import DeploymentError
 from era_runtime.inputs import image_files, is_video
-from era_runtime.pictures import MAX_PIXELS
-from era_runtime.predictor import Detections, Predictor, load
-from era_runtime.preprocess import read_image
+from era_runtime.pictures import MAX_PIXELS, picture_size
+from era_runtime.predictor import Detections, Predictor, batches_of, load
+from era_runtime.preprocess import read_image, resized_shape
 from era_runtime.results import coco_results, require_mask_tools, write_json, write_whole
 
 EXIT_FAILED = 1
@@ -27,6 +28,7 @@ EPILOG = """
 examples:
   %(prog)s --model deployed --output found photos/
   %(prog)s --model deployed --output found 'photos/*.jpg' clip.mp4 --score 0.5
+  %(prog)s --model deployed --output found photos/ --batch 8     a model that takes batches
 
 Writes results.json (COCO's result format), images.json (which image_id is which file and, of a video,
 which frame) and the annotated pictures. A file name that is no UTF-8 stands in images.json as JSON's escapes of
@@ -46,7 +48,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="made by tools/export.py")
     parser.add_argument("--output", required=True, metavar="DIR", help="must be absent or empty")
     parser.add_argument("--score", type=float, default=0.0, help="leave out lower scores than this")
-    parser.add_argument("--batch-size", type=int, default=1, help="above 1: format detectron2 only")
+    parser.add_argument("--batch-size", "--batch", type=int, default=None, metavar="N",
+                        help="pictures in a call of the model, those that it is given in one size; for models that take more "
+                        "than one (format detectron2, exports with --batch); default: 1, or what a fixed model takes")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the runtime")
     parser.add_argument("--on-bad-image", choices=("skip", "stop"), default="skip",
                         help="an input that cannot be read: go on with the next, or stop there")  # fmt: skip
@@ -96,8 +100,8 @@ def predict(args: argparse.Namespace) -> int:
     job = _Job(
         predictor, args.output, args.score, not args.no_pictures, len(files), args.max_pixels
     )
-    pictures = [f for f in files if not is_video(f)]
-    batches = [pictures[i : i + args.batch_size] for i in range(0, len(pictures), args.batch_size)]
+    pictures = [file for file in files if not is_video(file)]
+    batches = job.batches(pictures, in_order=args.on_bad_image == "stop")
     steps = [(job.pictures, batch) for batch in batches]
     steps += [(job.video, file) for file in files if is_video(file)]
     try:
@@ -133,12 +137,42 @@ class _Job:
         self.output = output
         self.score = score
         self.draws = draws
-        self.results: list[dict] = []
-        self.images: list[dict] = []
+        # by place among the inputs, which come in another order where pictures of one size go together
+        self.records: list[tuple[tuple[int, int], dict, list[dict]]] = []
         self.failures: list[str] = []
         self.names: set[str] = {"results.json", "images.json"}
+        self.places: dict[str, int] = {}
+        self.drawn: dict[str, str] = {}
         self.num_files, self.done = num_files, 0
         self.started = self.told = time.monotonic()
+
+    def batches(self, files: list[str], *, in_order: bool) -> list[list[str]]:
+        """Picture files in batches of those that the model is given in one size; sizes are read from the files' heads.
+
+        Args:
+            in_order: keep their order; then only neighbours share a batch.
+        """
+        self.places |= {file: i for i, file in enumerate(files)}
+        self.drawn |= {file: self._name(os.path.splitext(file)[0] + ".jpg") for file in files}
+        most = self.predictor.batch_size
+        if most == 1:
+            return [[file] for file in files]
+        shapes = [self._shape(file) for file in files]
+        if in_order:  # the how-manieth change of size, which neighbours share
+            changes = np.cumsum(
+                [a != b for a, b in zip(shapes, [*shapes[:1], *shapes], strict=False)]
+            )
+            shapes = changes.tolist()
+        return [[files[i] for i in rows] for rows in batches_of(shapes, most)]
+
+    def _shape(self, file: str) -> tuple[int, int] | None:
+        """What the model is given of it; None where that cannot be told, which reading it will say."""
+        try:
+            width, height = picture_size(file, self.max_pixels)
+        except DeploymentError:
+            return None
+        rules = self.predictor.rules
+        return rules.shape or resized_shape(height, width, rules)
 
     def pictures(self, files: list[str]) -> None:
         """One batch of picture files."""
@@ -214,15 +248,17 @@ class _Job:
 
     def finish(self) -> None:
         """Write the JSON files and say what was done."""
-        write_json(self.results, os.path.join(self.output, "results.json"))
+        images, results = [], []
+        for image_id, (_, entry, found) in enumerate(sorted(self.records, key=itemgetter(0)), 1):
+            images.append({"id": image_id, **entry})
+            results += [{**result, "image_id": image_id} for result in found]
+        write_json(results, os.path.join(self.output, "results.json"))
         write_json(
-            {"images": self.images, "categories": self.predictor.categories},
+            {"images": images, "categories": self.predictor.categories},
             os.path.join(self.output, "images.json"),
         )
         seconds = time.monotonic() - self.started
-        print(
-            f"{len(self.images)} images in {seconds:.1f} s, {len(self.results)} detections: {self.output}"
-        )
+        print(f"{len(images)} images in {seconds:.1f} s, {len(results)} detections: {self.output}")
         for failure in self.failures:
             print(f"not read: {failure}", file=sys.stderr)
 
@@ -231,21 +267,20 @@ class _Job:
         if self.draws:
             import cv2
 
-            path = os.path.join(self.output, self._name(os.path.splitext(file)[0] + ".jpg"))
+            path = os.path.join(self.output, self.drawn[file])
             write_whole(path, cv2.imencode(".jpg", draw(image, detections))[1].tobytes())
 
     def _record(
         self, file: str, image: np.ndarray, found: Detections, frame_index: int | None = None
     ) -> Detections:
         found = found.select(found.scores >= self.score)
-        entry = {
-            "id": len(self.images) + 1,
-            "file_name": file,
-            "height": image.shape[0],
-            "width": image.shape[1],
-        }
-        self.images.append(entry if frame_index is None else {**entry, "frame": frame_index})
-        self.results += coco_results(found, entry["id"], self.predictor.categories)
+        entry = {"file_name": file, "height": image.shape[0], "width": image.shape[1]}
+        if frame_index is not None:
+            entry["frame"] = frame_index
+        # videos come after all pictures, in their own order
+        place = (self.places.setdefault(file, len(self.places)), frame_index or 0)
+        # its id is known when all are there
+        self.records.append((place, entry, coco_results(found, 0, self.predictor.categories)))
         return found
 
     def _name(self, path: str) -> str:

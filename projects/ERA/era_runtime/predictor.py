@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from era_runtime.backends import BACKENDS
 from era_runtime.errors import DeploymentError
 from era_runtime.manifest import read_classes, read_manifest
 from era_runtime.masks import paste_masks
-from era_runtime.preprocess import InputRules, preprocess, scale_back
+from era_runtime.preprocess import InputRules, preprocess, resized_shape, scale_back
 
 
 class Backend(Protocol):
@@ -94,7 +94,8 @@ class Predictor:
             most = "at least 1" if backend.max_batch is None else f"1 to {backend.max_batch}"
             raise DeploymentError(
                 f"batch size {batch_size} was asked for, but the {name} model takes {most} at once: "
-                "choose a batch size that it can take (a list of images is always welcome)."
+                "choose a batch size that it can take (a list of images is always welcome), or export the model with "
+                "--batch any (format onnx or openvino)."
             )
         self.backend = backend
         self.rules = rules
@@ -106,6 +107,9 @@ class Predictor:
     def __call__(self, images: np.ndarray | Sequence[np.ndarray]) -> Detections | list[Detections]:
         """Detections of one image, or a list of them for a sequence of images.
 
+        Images that the model is given in one size share its calls, ``batch_size`` at most, so that nothing is padded and the
+        results are those of one image after the other.
+
         Args:
             images: (H, W, 3) uint8 in BGR, of any size, or a sequence of such arrays.
 
@@ -113,12 +117,20 @@ class Predictor:
             DeploymentError: an array of another shape or type.
         """
         if isinstance(images, np.ndarray) and images.ndim == 3:
-            return self._batch([images])[0]
+            return self.one_call([images])[0]
         images = list(images)
-        results: list[Detections] = []
-        for start in range(0, len(images), self.batch_size):
-            results += self._batch(images[start : start + self.batch_size])
+        results: list[Detections | None] = [None] * len(images)
+        for rows in batches_of(list(map(self.input_shape, images)), self.batch_size):
+            for row, found in zip(rows, self.one_call([images[i] for i in rows]), strict=True):
+                results[row] = found
         return results
+
+    def input_shape(self, image: np.ndarray) -> tuple[int, int] | None:
+        """Height and width in pixels of what the model is given of an image; None where it is no image."""
+        shape = getattr(image, "shape", ())
+        if len(shape) != 3 or 0 in shape:
+            return None
+        return self.rules.shape or resized_shape(*shape[:2], self.rules)
 
     def _run(self, inputs: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
         try:
@@ -131,7 +143,16 @@ class Predictor:
                 f"({_first_words(e)}): it is damaged, or memory is short; export it again, or scale images smaller."
             ) from e
 
-    def _batch(self, images: list[np.ndarray]) -> list[Detections]:
+    def one_call(self, images: list[np.ndarray]) -> list[Detections]:
+        """Detections of images that the model is given in one call; of different sizes, the smaller are padded to the largest,
+        which moves results a little, as it does in Detectron2.
+
+        Args:
+            images: (H, W, 3) uint8 in BGR; not more than the model can take.
+
+        Raises:
+            DeploymentError: an array of another shape or type.
+        """
         inputs = [preprocess(image, self.rules) for image in images]
         results = []
         for image, given, output in zip(images, inputs, self._run(inputs), strict=True):
@@ -151,6 +172,19 @@ class Predictor:
                 )
             )
         return results
+
+
+def batches_of(shapes: Sequence[Hashable], most: int) -> list[list[int]]:
+    """Indices of equal entries together, at most ``most``, by the first of each."""
+    open_batches: dict[Hashable, list[int]] = {}
+    batches = []
+    for i, shape in enumerate(shapes):
+        batch = open_batches.get(shape)
+        if batch is None or len(batch) == most:
+            batch = open_batches[shape] = []
+            batches.append(batch)
+        batch.append(i)
+    return batches
 
 
 def _not_loaded(folder: str | Path, manifest: dict, error: Exception) -> str:
@@ -179,12 +213,15 @@ def _check_output(output: tuple, count: int, what: str) -> None:
         )
 
 
-def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = None) -> Predictor:
+def load(
+    folder: str | Path, *, batch_size: int | None = None, num_threads: int | None = None
+) -> Predictor:
     """A predictor from a deployment folder, on the CPU.
 
     Args:
         folder: made by ``tools/export.py``; every file's SHA-256 is checked.
-        batch_size: images handed to the model at once; only ``detectron2`` takes more than 1.
+        batch_size: images handed to the model at once, at most ``max_batch`` of the manifest; None = 1, or as many as a model
+            of a fixed number takes.
         num_threads: CPU threads of the runtime; None leaves it to the runtime. For torch this holds for
             the whole process.
 
@@ -194,7 +231,9 @@ def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = N
     """
     manifest = read_manifest(folder)
     categories = read_classes(folder)
-    rules = InputRules(**{key: manifest["input"][key] for key in InputRules.__dataclass_fields__})
+    given = manifest["input"]
+    shape = tuple(given["shape"]) if given.get("shape") else None
+    rules = InputRules(given["min_size"], given["max_size"], given["channel_order"], shape)
     count = manifest.get("num_classes", len(categories))
     if count != len(categories):
         raise DeploymentError(
@@ -208,4 +247,6 @@ def load(folder: str | Path, *, batch_size: int = 1, num_threads: int | None = N
         raise DeploymentError(_not_loaded(folder, manifest, e)) from e
     except Exception as e:  # every runtime has its own way to say that a file is damaged
         raise DeploymentError(_not_loaded(folder, manifest, e)) from e
+    if batch_size is None:
+        batch_size = backend.max_batch or 1
     return Predictor(backend, rules, categories, batch_size=batch_size, manifest=manifest)

@@ -24,11 +24,13 @@ class InputRules:
         min_size: pixels; the shorter edge is scaled to it. 0 = images are not scaled.
         max_size: pixels; if the longer edge would exceed it, the image is scaled to it instead.
         channel_order: ``BGR`` or ``RGB``, what the model expects.
+        shape: (height, width) of the model's one input shape, pixels, which every image is scaled to fit into; None = any.
     """
 
     min_size: int
     max_size: int
     channel_order: str
+    shape: tuple[int, int] | None = None
 
 
 def read_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -42,17 +44,20 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def resized_shape(height: int, width: int, rules: InputRules) -> tuple[int, int]:
-    """Height and width in pixels after ResizeShortestEdge."""
-    if rules.min_size == 0:
-        return height, width
-    size = float(rules.min_size)
-    scale = size / min(height, width)
-    if height < width:
-        new_height, new_width = size, scale * width
-    else:
-        new_height, new_width = scale * height, size
-    if max(new_height, new_width) > rules.max_size:
-        scale = rules.max_size * 1.0 / max(new_height, new_width)
+    """Height and width in pixels after ResizeShortestEdge; smaller where that does not fit into the one shape."""
+    new_height, new_width = float(height), float(width)
+    if rules.min_size > 0:
+        size = float(rules.min_size)
+        scale = size / min(height, width)
+        if height < width:
+            new_height, new_width = size, scale * width
+        else:
+            new_height, new_width = scale * height, size
+        if max(new_height, new_width) > rules.max_size:
+            scale = rules.max_size * 1.0 / max(new_height, new_width)
+            new_height, new_width = new_height * scale, new_width * scale
+    if rules.shape is not None:
+        scale = min(1.0, rules.shape[0] / new_height, rules.shape[1] / new_width)
         new_height, new_width = new_height * scale, new_width * scale
     return int(new_height + 0.5), int(new_width + 0.5)
 
@@ -81,10 +86,13 @@ def preprocess(image: np.ndarray, rules: InputRules) -> np.ndarray:
     new_height, new_width = resized_shape(height, width, rules)
     if new_height == 0 or new_width == 0:
         raise DeploymentError(
-            f"an image of {width}x{height} pixels is too narrow: scaled to at most {rules.max_size} "
-            "pixels nothing is left of it."
+            f"an image of {width}x{height} pixels is too narrow: scaled to at most "
+            f"{rules.shape[1] if rules.shape else rules.max_size} pixels nothing is left of it."
         )
-    if rules.min_size > 0:  # also at equal sizes, where Pillow copies
+    if rules.min_size > 0 or (new_height, new_width) != (
+        height,
+        width,
+    ):  # at equal sizes Pillow copies
         resized = Image.fromarray(np.ascontiguousarray(image)).resize(
             (new_width, new_height), Image.Resampling.BILINEAR
         )

@@ -1,4 +1,4 @@
-"""Writing a model in each format. The graph formats take one image ``image`` (3, height, width) float32
+"""Writing a model in each format. The graph formats, but for those over batches, take one image ``image`` (3, height, width) float32
 and return ``boxes`` (n, 4), ``scores`` (n,), ``classes`` (n,) and of a model that predicts masks ``masks``
 (n, M, M); boxes are in pixels of that image, masks are probabilities on M x M cells of each box."""
 
@@ -16,8 +16,10 @@ import torchvision
 from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
+from era.deploy.batched import BatchForm, BatchGraph, write_batch_onnx
 from era.deploy.model import raw_outputs, save_folder
 from era.deploy.source import Source
+from era.deploy.tensorrt import check_operators, fold_constants
 from era.errors import UserError
 from era.modeling.detectors import detector_of
 from era_runtime.backends import OUTPUT_NAMES, require
@@ -34,8 +36,12 @@ RUNTIMES = {
 FORMATS = tuple(RUNTIMES)
 
 
-def check_format(name: str, *, int8: bool) -> None:
-    """The format is known and its packages are installed.
+# What the two kinds of it are for.
+FORMS = {"--batch any": ("onnx", "openvino"), "--shape": ("onnx",)}
+
+
+def check_format(name: str, *, int8: bool, form: BatchForm | None = None) -> None:
+    """The format is known, can have the form, and its packages are installed.
 
     Raises:
         UserError: one sentence.
@@ -44,6 +50,18 @@ def check_format(name: str, *, int8: bool) -> None:
         raise UserError(f"format is {name!r}: expected one of {', '.join(FORMATS)}.")
     if int8 and name != "onnx":
         raise UserError(f"int8 is for format onnx, not {name}: leave one of the two out.")
+    if form is not None:
+        flag = "--shape" if form.shape else "--batch any"
+        if name not in FORMS[flag]:
+            raise UserError(
+                f"{flag} is for format {' or '.join(FORMS[flag])}, not {name}"
+                + (", which takes any number of pictures as it is" if name == "detectron2" else "")
+                + ": leave one of the two out."
+            )
+        if int8:
+            raise UserError(
+                f"--int8 and {flag} are not made together: the int8 model takes one picture a call; leave one of the two out."
+            )
     for package in RUNTIMES[name]:
         try:
             require(package, package=f"{package} (pip install 'era-detectron2[deploy]')",
@@ -58,12 +76,17 @@ def write_model(
     folder: Path,
     example: np.ndarray,
     calibration: Sequence[np.ndarray] = (),
+    form: BatchForm | None = None,
 ) -> None:
     """Write the model files of one format.
 
     Args:
         example: (3, h, w) float32, an image to trace with; the result takes any size.
         calibration: inputs like ``example``; if there are any, the ONNX model's backbone becomes int8.
+        form: of a graph over batches; None = one picture a call.
+
+    Raises:
+        UserError: the model has no such form.
     """
     if name == "detectron2":
         save_folder(source.model, source.cfg, source.alpha, folder)
@@ -80,19 +103,21 @@ def write_model(
         quantize(folder / "float.onnx", folder / "model.onnx", calibration, prefix)
         (folder / "float.onnx").unlink()
     elif name == "onnx":
-        write_onnx(source.model, image, folder / "model.onnx")
+        write_onnx(source.model, image, folder / "model.onnx", form)
     else:
         import openvino as ov
 
-        write_onnx(source.model, image, folder / "float.onnx")
+        write_onnx(source.model, image, folder / "float.onnx", form)
         converted = ov.convert_model(str(folder / "float.onnx"))
         ov.save_model(converted, str(folder / "model.xml"), compress_to_fp16=False)
         del converted
         (folder / "float.onnx").unlink()
 
 
-def outputs_of(model: nn.Module) -> list[str]:
+def outputs_of(model: nn.Module, form: BatchForm | None = None) -> list[str]:
     """Names of a graph's outputs: masks only if the model predicts them."""
+    if form is not None:
+        return BatchGraph(model, form.shape).output_names
     return list(OUTPUT_NAMES if detector_of(model).mask_on else OUTPUT_NAMES[:-1])
 
 
@@ -107,8 +132,16 @@ def trace_adapter(model: nn.Module, image: Tensor) -> TracingAdapter:
     return TracingAdapter(model, [{"image": image}], infer).eval()
 
 
-def write_onnx(model: nn.Module, image: Tensor, path: Path) -> None:
-    """ONNX with dynamic height and width, by torch's legacy exporter; the other fails on stock code."""
+def write_onnx(model: nn.Module, image: Tensor, path: Path, form: BatchForm | None = None) -> None:
+    """ONNX by torch's legacy exporter; the other fails on stock code. Height and width are dynamic where the form does not
+    say otherwise."""
+    if form is not None:
+        with quiet():
+            write_batch_onnx(model, path, opset=OPSET, batch=form.batch, shape=form.shape)
+        if form.shape is not None:
+            fold_constants(path)
+            check_operators(path)
+        return
     outputs = outputs_of(model)
     axes = {"image": {1: "height", 2: "width"}} | {name: {0: "detections"} for name in outputs}
     with torch.no_grad(), quiet(), branch_free_nms():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import nn
 
 from era.checkpoint.reading import SafeCheckpointer, load_exactly
@@ -65,6 +65,38 @@ class EagerBackend:
             tuple(output.cpu().numpy() for output in raw_outputs(found))
             for found in self.detect(inputs, do_postprocess=False)
         ]
+
+
+class PaddedEagerBackend:
+    """An eager model behind :class:`era_runtime.Predictor`, on batches that are padded to one shape.
+
+    Args:
+        model: an ordinary model of a known family, in eval mode.
+        shape: (height, width), pixels.
+    """
+
+    max_batch = None
+
+    def __init__(self, model: nn.Module, shape: tuple[int, int]):
+        self.model, self.shape = model, shape
+
+    @torch.no_grad()
+    def __call__(self, images: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+        """See :class:`era_runtime.predictor.Backend`."""
+        model = self.model
+        batch = torch.zeros(len(images), 3, *self.shape)
+        for own, image in zip(batch, map(torch.from_numpy, images), strict=True):
+            own[:, : image.shape[1], : image.shape[2]] = (
+                image - model.pixel_mean
+            ) / model.pixel_std
+        padded = ImageList.from_tensors(
+            [batch],
+            model.backbone.size_divisibility,
+            padding_constraints=model.backbone.padding_constraints,
+        ).tensor[0]
+        inputs = ImageList(padded, [tuple(image.shape[1:]) for image in images])
+        found = detector_of(model).detect_on(model.backbone(padded), inputs)
+        return [tuple(output.numpy() for output in raw_outputs(own)) for own in found]
 
 
 def refuse_python(cfg: CfgNode) -> None:

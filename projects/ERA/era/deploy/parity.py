@@ -50,6 +50,7 @@ class Case:
     Attributes:
         image_size, input_size: height, width in pixels, of the image and of the model's input.
         eager, exported: numbers of detections.
+        batch: images of the call.
         box_difference: the largest of matched detections, pixels.
         score_difference: the largest of matched detections.
         mask_difference: the largest of matched detections' mask probabilities; None without masks.
@@ -61,6 +62,7 @@ class Case:
     input_size: tuple[int, int]
     eager: int
     exported: int
+    batch: int = 1
     box_difference: float = 0.0
     score_difference: float = 0.0
     mask_difference: float | None = None
@@ -104,7 +106,7 @@ class Report:
 def compare(
     eager: Predictor,
     exported: Predictor,
-    images: Sequence[np.ndarray],
+    calls: Sequence[Sequence[np.ndarray]],
     *,
     tolerance: Tolerance,
     score_threshold: float,
@@ -113,34 +115,63 @@ def compare(
     """Run both on every image and compare; the report's ``problems`` say what is out of tolerance.
 
     Args:
-        images: (H, W, 3) uint8, BGR; see :func:`sample_images` and :func:`blank_images`.
+        calls: images that both are given at once, (H, W, 3) uint8, BGR; see :func:`sample_images`, :func:`blank_images` and
+            :func:`calls_of`.
         score_threshold, max_detections: of the model.
     """
     report = Report(tolerance)
-    for image in images:
-        where = f"at {image.shape[1]}x{image.shape[0]} pixels"
-        expected = eager(image)
+    for images in calls:
         try:
-            found = exported(image)
+            found = exported.one_call(list(images))
         except Exception as e:  # every runtime has its own
-            report.problems.append(f"{where} it fails ({' '.join(str(e).split())[:200]})")
+            reason = " ".join(str(e).split())[:200]
+            report.problems.append(f"{_where(images[0], len(images))} it fails ({reason})")
             continue
-        case = compare_one(
-            expected,
-            found,
-            tolerance=tolerance,
-            score_threshold=score_threshold,
-            max_detections=max_detections,
-        )
-        case.image_size = tuple(image.shape[:2])
-        case.input_size = resized_shape(*image.shape[:2], eager.rules)
-        report.cases.append(case)
-        report.problems += [f"{where} {problem}" for problem in _problems(case, tolerance)]
+        for image, of_eager, own in zip(images, eager.one_call(list(images)), found, strict=True):
+            case = compare_one(
+                of_eager,
+                own,
+                tolerance=tolerance,
+                score_threshold=score_threshold,
+                max_detections=max_detections,
+            )
+            case.batch = len(images)
+            case.image_size = tuple(image.shape[:2])
+            case.input_size = resized_shape(*image.shape[:2], eager.rules)
+            report.cases.append(case)
+            where = _where(image, len(images))
+            report.problems += [f"{where} {problem}" for problem in _problems(case, tolerance)]
     if len({case.input_size for case in report.cases}) < MIN_SIZES:
         report.problems.append(f"fewer than {MIN_SIZES} image sizes were compared")
     if all(case.eager == 0 for case in report.cases):
         report.problems.append("eager detects nothing on any image, so nothing was compared")
     return report
+
+
+def _where(image: np.ndarray, batch: int) -> str:
+    among = f" in a batch of {batch}" if batch > 1 else ""
+    return f"at {image.shape[1]}x{image.shape[0]} pixels{among}"
+
+
+def calls_of(
+    images: Sequence[np.ndarray], blank: np.ndarray | None, batch: int | None
+) -> list[list[np.ndarray]]:
+    """Images in batches: each alone, of one size and of several, without detections in one, in some and in all of a batch.
+
+    Args:
+        blank: an image without detections, or None.
+        batch: the most images a call; None = as many as there are.
+    """
+    most = batch or len(images) + 1
+    several = [*images, *([] if blank is None else [blank])]
+    calls = [[image] for image in several]
+    if most == 1:
+        return calls
+    calls += [several[i : i + most] for i in range(0, len(several), most)]
+    calls.append([images[0]] * min(most, 5))
+    if blank is not None:
+        calls += [[blank, images[1], blank][:most], [blank] * min(most, 3)]
+    return calls
 
 
 def compare_one(

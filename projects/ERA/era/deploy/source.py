@@ -18,7 +18,7 @@ from era.checkpoint.hub import CLASSES, hub_file
 from era.checkpoint.reading import misfits
 from era.config import check_parts, load_config, student_config, validate_config
 from era.data.datasets import register_from_config
-from era.deploy.model import EagerBackend, WholeCheckpointer
+from era.deploy.model import EagerBackend, PaddedEagerBackend, WholeCheckpointer
 from era.engine.preflight import teacher_record
 from era.errors import UserError
 from era.modeling.class_map import read_names
@@ -63,6 +63,14 @@ class Source:
         """Eager inference behind the interface of all deployed models."""
         return Predictor(
             EagerBackend(self.eager), self.rules, self.categories, batch_size=batch_size
+        )
+
+    def padded_predictor(self, shape: tuple[int, int]) -> Predictor:
+        """Eager inference of ``model`` on pictures padded to one shape (height, width), pixels."""
+        return Predictor(
+            PaddedEagerBackend(self.model, shape),
+            replace(self.rules, shape=shape),
+            self.categories,
         )
 
     @property

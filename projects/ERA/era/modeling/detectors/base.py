@@ -15,13 +15,14 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from era.errors import UserError
+from era.modeling.detectors.batches import Batches
 from era.modeling.detectors.further_heads import FurtherHeads
 from era.modeling.detectors.head_outputs import HeadOutputs
 from era.modeling.detectors.reading import Reading
 from era.modeling.detectors.recording import Predictions, Recording, TaskLoss
 
 
-class Detector(HeadOutputs, FurtherHeads, Reading, ABC):
+class Detector(HeadOutputs, FurtherHeads, Reading, Batches, ABC):
     """A stock Detectron2 model seen as a detector of one family.
 
     Not a module and without state of its own: it uses the model that it is given. A family is one file of

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
+from era.modeling.detectors.dense_batches import DenseBatches
 from era.modeling.detectors.dense_inference import BlendedDense
 from era.modeling.detectors.dense_losses import (
     object_probability,
@@ -45,7 +46,7 @@ from era.modeling.detectors.recording import (
 from era.registry import architecture_of
 
 
-class Dense(Detector):
+class Dense(DenseBatches, Detector):
     """A ``DenseDetector`` with a head of two towers, as :class:`detectron2.modeling.meta_arch.retinanet.RetinaNetHead`;
     classes are independent sigmoids. A subclass says what its head's outputs are and how they are judged.
 

@@ -100,6 +100,11 @@ class FCOS(Dense):
         distances = predictions.box_deltas[:, :4].clamp(min=LEAST_DISTANCE)
         return self.model.box2box_transform.apply_deltas(distances, anchors)
 
+    def class_scores(self, predictions: Predictions) -> Tensor:
+        """``sqrt(class probability * centerness)``, arXiv 2006.09214, eq. 4."""
+        center = predictions.box_deltas[:, 4:5]
+        return (predictions.class_logits.sigmoid() * center.sigmoid()).sqrt()
+
     def coder_settings(self) -> dict[str, tuple]:
         """Whether distances are in strides."""
         coder = self.model.box2box_transform

@@ -17,6 +17,7 @@ from era.errors import UserError
 from era.losses import at_least_float32
 from era.modeling.detectors.base import Detector
 from era.modeling.detectors.families import DETECTOR_FAMILIES
+from era.modeling.detectors.rcnn_batches import RCNNBatches
 from era.modeling.detectors.rcnn_heads import BoxStage, RCNNFurtherHeads
 from era.modeling.detectors.rcnn_inference import BlendedRCNN, rcnn_with_heads
 from era.modeling.detectors.rcnn_losses import (
@@ -42,7 +43,7 @@ from era.registry import architecture_of
 
 
 @DETECTOR_FAMILIES.register()
-class RCNN(RCNNFurtherHeads, RCNNReading, Detector):
+class RCNN(RCNNFurtherHeads, RCNNReading, RCNNBatches, Detector):
     """``GeneralizedRCNN`` with an FPN, an RPN and ``StandardROIHeads``; masks and keypoints may be there."""
 
     meta_architecture = "GeneralizedRCNN"
