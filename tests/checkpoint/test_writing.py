@@ -55,5 +55,5 @@ def test_a_new_folder_is_absent_or_empty(tmp_path):
     check_new_folder(tmp_path / "absent")
     (tmp_path / "mine").write_text("")
     for path in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(UserError, match="--output .* exists and is not an empty folder"):
+        with pytest.raises(UserError, match=r"--output .* exists and is not an empty folder"):
             check_new_folder(path)

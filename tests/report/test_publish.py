@@ -128,7 +128,11 @@ def test_what_cannot_be_published_leaves_nothing(run, published, tmp_path):
         "--license is 'my own': expected a short name", "--publish", folder, "--license", "my own"
     )
     refused(
-        r"--publish .* exists and is not an empty folder", "--publish", published, "--license", "mit"
+        r"--publish .* exists and is not an empty folder",
+        "--publish",
+        published,
+        "--license",
+        "mit",
     )
     (run / "student" / "model_final.pth").rename(run / "away")
     try:
