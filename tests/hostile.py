@@ -357,7 +357,7 @@ def manifests() -> dict[str, tuple[dict, str]]:
         "a list of files that is a text": ({"files": "model.onnx"}, "files"),
         "an unknown format": ({"format": "pickle"}, "format 'pickle'"),
         "a format that is a list": ({"format": []}, "format"),
-        "a version of the future": ({"format_version": 2}, "format_version 2"),
+        "a version of the future": ({"format_version": 3}, "format_version 3"),
     }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def changed_manifest(**entries):
         (lambda f: (f / "model.ts").unlink(), "is missing, though"),
         (lambda f: (f / "manifest.json").unlink(), "is no deployment folder"),
         (lambda f: (f / "manifest.json").write_text("{"), "is not JSON"),
-        (changed_manifest(format_version=2), "has format_version 2: this version reads 1"),
+        (changed_manifest(format_version=3), "has format_version 3: this version reads 1 and 2"),
         (changed_manifest(format="tensorrt"), "has format 'tensorrt': expected one of"),
         (changed_manifest(files={}), "does not list model.ts"),
         (changed_manifest(input={}), "has no fit entry 'min_size'"),

@@ -50,13 +50,13 @@ def chain(length: int):
     return boxes[None], torch.arange(length, 0, -1.0)[None]
 
 
-@pytest.mark.parametrize("length", [2, 20, batches.ROUNDS - 1, batches.ROUNDS + 20])
+@pytest.mark.parametrize("length", [2, 12, batches.ROUNDS, batches.ROUNDS + 1])
 def test_a_chain_longer_than_the_rounds_is_told(length):
     boxes, scores = chain(length)
     kept, settled = suppress(boxes, scores, 0.1, fixed=True)
     expected = torch.arange(length) % 2 == 0
     assert suppress(boxes, scores, 0.1, fixed=False)[0][0].equal(expected)
-    assert settled.tolist() == [length < batches.ROUNDS]
+    assert settled.tolist() == [length <= batches.ROUNDS]
     # what the rounds have come to is right in any case
     first = min(length, batches.ROUNDS)
     assert kept[0, :first].equal(expected[:first])
@@ -186,5 +186,7 @@ def test_heads_of_another_form_are_refused_in_a_sentence():
         detector_of(model).check_batches()
     masks = tiny_model("plain", *MASKS)
     masks.roi_heads.mask_head = torch.nn.Identity()
-    with pytest.raises(UserError, match=r"the student has a Identity, .*Mask R-CNN's own mask head"):
+    with pytest.raises(
+        UserError, match=r"the student has a Identity, .*Mask R-CNN's own mask head"
+    ):
         detector_of(masks).check_batches()

@@ -98,10 +98,16 @@ def predict(args: argparse.Namespace) -> int:
     except OSError as e:
         raise DeploymentError(f"--output {args.output} cannot be made ({e.strerror}).") from e
     job = _Job(
-        predictor, args.output, args.score, not args.no_pictures, len(files), args.max_pixels
+        predictor,
+        args.output,
+        args.score,
+        not args.no_pictures,
+        len(files),
+        args.max_pixels,
+        stops=args.on_bad_image == "stop",
     )
     pictures = [file for file in files if not is_video(file)]
-    batches = job.batches(pictures, in_order=args.on_bad_image == "stop")
+    batches = job.batches(pictures)
     steps = [(job.pictures, batch) for batch in batches]
     steps += [(job.video, file) for file in files if is_video(file)]
     try:
@@ -131,8 +137,11 @@ class _Job:
         draws: bool,
         num_files: int,
         max_pixels: int,
+        *,
+        stops: bool,
     ):
         self.max_pixels = max_pixels
+        self.stops = stops  # at the first input that cannot be read
         self.predictor = predictor
         self.output = output
         self.score = score
@@ -146,19 +155,16 @@ class _Job:
         self.num_files, self.done = num_files, 0
         self.started = self.told = time.monotonic()
 
-    def batches(self, files: list[str], *, in_order: bool) -> list[list[str]]:
-        """Picture files in batches of those that the model is given in one size; sizes are read from the files' heads.
-
-        Args:
-            in_order: keep their order; then only neighbours share a batch.
-        """
+    def batches(self, files: list[str]) -> list[list[str]]:
+        """Picture files in batches of those that the model is given in one size, which are read from the files' heads. Where a
+        bad one stops it they stay in order, so that only neighbours share a batch."""
         self.places |= {file: i for i, file in enumerate(files)}
         self.drawn |= {file: self._name(os.path.splitext(file)[0] + ".jpg") for file in files}
         most = self.predictor.batch_size
         if most == 1:
             return [[file] for file in files]
         shapes = [self._shape(file) for file in files]
-        if in_order:  # the how-manieth change of size, which neighbours share
+        if self.stops:  # the how-manieth change of size, which neighbours share
             changes = np.cumsum(
                 [a != b for a, b in zip(shapes, [*shapes[:1], *shapes], strict=False)]
             )
@@ -182,6 +188,8 @@ class _Job:
                 ready.append((file, read_image(file, self.max_pixels)))
             except DeploymentError as e:
                 self._fail(file, str(e))
+                if self.stops:
+                    break
         try:
             found = self.predictor([image for _, image in ready])
         except DeploymentError:  # one image of the batch cannot be scaled: find out which
@@ -190,6 +198,8 @@ class _Job:
                     self._keep(file, image, self.predictor(image))
                 except DeploymentError as e:
                     self._fail(file, f"{file}: {e}")
+                    if self.stops:
+                        break
         else:
             for (file, image), detections in zip(ready, found, strict=True):
                 self._keep(file, image, detections)

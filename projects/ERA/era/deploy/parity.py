@@ -168,7 +168,7 @@ def calls_of(
     if most == 1:
         return calls
     calls += [several[i : i + most] for i in range(0, len(several), most)]
-    calls.append([images[0]] * min(most, 5))
+    calls.append([images[0]] * (min(most, 6) - 1))  # less than a fixed number
     if blank is not None:
         calls += [[blank, images[1], blank][:most], [blank] * min(most, 3)]
     return calls

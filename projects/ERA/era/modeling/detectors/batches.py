@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from era.errors import UserError
 
 # Of the fixed form: candidates of a picture that NMS sees (TensorRT's top-k takes 3,840 at most), and its rounds. A round
-# settles one more link of a chain of boxes that suppress one another; docs/deployment.md has lengths that were measured.
+# settles one more link of a chain of boxes that suppress one another; 10 were the most that were met (docs/deployment.md).
 CANDIDATES = 2000
-ROUNDS = 32
+ROUNDS = 20
 LOWEST = torch.finfo(torch.float32).min  # the score of what is no candidate
 
 
