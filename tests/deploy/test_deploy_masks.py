@@ -173,14 +173,14 @@ def test_parity_of_masks_by_hand():
         def __init__(self, found):
             self.found = found
 
-        def __call__(self, image):
+        def one_call(self, images):
             if isinstance(self.found, Exception):
                 raise self.found
-            return self.found
+            return [self.found]
 
     def problems(found):
         return " ".join(
-            parity.compare(Fixed(one(left, cells)), Fixed(found), images, **kwargs).problems
+            parity.compare(Fixed(one(left, cells)), Fixed(found), [images], **kwargs).problems
         )
 
     assert "a mask is off by 0.125" in problems(one(left, cells + 0.125))
