@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from deploy_case import ROOT, batch_exported, exported, needs
+from deploy_case import FIXED, ROOT, batch_exported, exported, needs
 from PIL import Image
 from test_deploy_runtime import CLEAN
 
@@ -19,7 +19,7 @@ from era.deploy.batched import BatchForm
 from era_runtime import predict as predict_module
 from era_runtime.predict import EXIT_FAILED, EXIT_USER_ERROR, main
 
-pytestmark = [*needs("onnx").marks, *needs("openvino").marks]
+pytestmark = needs("onnx").marks
 ANY = BatchForm()
 
 
@@ -65,20 +65,10 @@ def check_equal(found, expected):
         assert [r["category_id"] for r in own] == [r["category_id"] for r in other]
 
 
-@pytest.mark.parametrize("model", ["onnx", "fixed", "openvino", "detectron2"])
+@pytest.mark.parametrize("model", ["onnx", "fixed", "detectron2"])
 def test_a_batch_gives_what_one_picture_after_the_other_gives(model, photos, tmp_path, monkeypatch):
-    if model == "detectron2":
-        folder = exported("detectron2")[0]
-    elif model == "fixed":
-        from deploy_case import FIXED
-
-        folder = batch_exported("era", FIXED)[0]
-    else:
-        folder = (
-            batch_exported("masks", ANY, 0, model)[0]
-            if model == "openvino"
-            else batch_exported("era", ANY)[0]
-        )
+    form = {"onnx": ANY, "fixed": FIXED}.get(model)
+    folder = exported(model)[0] if form is None else batch_exported("era", form)[0]
     calls = []
     inner = era_runtime.Predictor.one_call
     monkeypatch.setattr(
