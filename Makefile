@@ -27,16 +27,17 @@ endif
 SETUP_INPUTS := setup.cfg pyproject.toml constraints.txt tools/install_detectron2.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test docs lint clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make setup   make .venv and install into it: PyTorch, Detectron2, this package, its tests and the deployment runtimes'
+	@echo 'make setup   make .venv and install into it: PyTorch, Detectron2, this package, its tests, docs and deployment runtimes'
 	@echo '             (about 3 GB to download, 6 GB on disk; the targets below do it if needed)'
 	@echo 'make demo    see distillation at work on a small generated dataset, on a CPU'
 	@echo 'make test    run the tests'
+	@echo 'make docs    build the docs site into site/: these pages, and a reference of every public function; a dead link fails it'
 	@echo 'make lint    check style and formatting with ruff'
-	@echo 'make clean   remove caches and build files; runs, datasets and .venv stay'
+	@echo 'make clean   remove caches, build files and site/; runs, datasets and .venv stay'
 	@echo
 	@echo 'ARGS=...            is handed on:   make test ARGS="-k losses -x"'
 	@echo 'PYTHON=...          uses that interpreter as it is, instead of .venv: only packages that it'
@@ -62,8 +63,8 @@ endif
 	@$(PIP) install --disable-pip-version-check -c $(CONSTRAINTS) torch torchvision
 	@echo '== setup 2/3: Detectron2 and what it needs'
 	@$(subst -m pip,tools/install_detectron2.py,$(PIP)) --constraint $(CONSTRAINTS)
-	@echo '== setup 3/3: this package, its tests and the deployment runtimes'
-	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev,deploy,wandb,mlflow]'
+	@echo '== setup 3/3: this package, its tests, docs and deployment runtimes'
+	@$(PIP) install --disable-pip-version-check --quiet -c $(CONSTRAINTS) -e '.[dev,deploy,docs,wandb,mlflow]'
 	@$(PY) -W ignore -c 'import torch, torchvision, cv2, pycocotools.mask, pytest, detectron2.model_zoo' || \
 	{ echo 'make setup: an installed package fails to import (see above); remove .venv, if you use it, and run make setup again.' >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
@@ -77,12 +78,17 @@ demo: setup
 test: setup
 	@$(PY) -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
+# Every warning fails it (mkdocs.yml). The variable silences an advertisement of the theme's.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs --quiet build
+	@echo 'Open site/index.html; the search needs a server: $(PY) -m http.server --directory site'
+
 lint: setup
 	@$(PY) -m ruff check projects tools tests configs/lazy
 	@$(PY) -m ruff format --check projects tools tests configs/lazy
 
 clean:
-	@rm -rf .cache .pytest_cache .ruff_cache build dist projects/ERA/build
+	@rm -rf .cache .pytest_cache .ruff_cache build dist site projects/ERA/build
 	@find projects tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find projects -name '*.egg-info' -type d -prune -exec rm -rf {} +
 	@echo 'Removed caches and build files. Kept: output/ (your runs), datasets/ and .venv;'

@@ -46,7 +46,7 @@ what it leaves in --output:
   teacher/, distilled/         the trainings, each with train.log, metrics.json and checkpoints
   distil.json                  what was asked for and chosen
 
---opts and --teacher-opts have the last word over what is chosen; README.md lists the keys. docs/distil.md has more.
+--opts and --teacher-opts have the last word over what is chosen; docs/config.md lists the keys, docs/distil.md has more.
 """
 TEACHER = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
 OUTPUT = Path("output/distil")

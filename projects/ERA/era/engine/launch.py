@@ -60,7 +60,7 @@ exit status:
   2     a mistake in the command, the config or the data, told in one sentence
   128+n asked to stop by signal n: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1; go on with --resume
 
-Trailing KEY VALUE pairs override the config; README.md lists this project's keys.
+Trailing KEY VALUE pairs override the config; docs/config.md lists this project's keys.
 """
 
 

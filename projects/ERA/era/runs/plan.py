@@ -1,6 +1,6 @@
 """Plans of runs: what a study or the demo trains, as a YAML file says it, and the processes that do it.
 
-``studies/demo.yaml`` explains the entries of a plan. :func:`read_plan` checks them, :func:`make_runs` turns
+``studies/demo.yaml`` explains the entries of a plan. :func:`~era.runs.schema.read_plan` checks them, :func:`make_runs` turns
 the plan into :class:`Run` s, each one process of ``tools/train_net.py``.
 """
 

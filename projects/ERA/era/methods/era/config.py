@@ -1,6 +1,6 @@
 """ERA's config keys, with meaning, unit and paper symbol, and their checks.
 
-Symbols are those of ERA (arXiv 2508.16050) in the detection form that README.md describes: ``F_S``,
+Symbols are those of ERA (arXiv 2508.16050) in the detection form that docs/era.md describes: ``F_S``,
 ``F_T`` student and teacher FPN maps, ``e_i`` estimates, ``B_i`` branches, ``N`` branches, ``s_i`` scales.
 """
 

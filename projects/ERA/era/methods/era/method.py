@@ -1,7 +1,7 @@
 """ERA, Expandable Residual Approximation (arXiv 2508.16050), for a detector with an FPN.
 
 The paper's public code is classification only; attaching it to FPN maps and to detection heads is this
-project's adaptation, not a reproduction (README.md, "ERA for detection").
+project's adaptation, not a reproduction (docs/era.md).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class FurtherHeads:
         Args:
             feature_map: (B, C, H, W), of any C.
             stride: pixels of the picture in one of the map.
-            samples: as in :meth:`predict`.
+            samples: as in :meth:`era.modeling.detectors.Detector.predict`.
         """
         raise NotImplementedError(f"{type(self).__name__} pools nothing")
 

@@ -69,15 +69,15 @@ class HeadOutputs:
         return None
 
     def vectors(self, features: dict[str, Tensor], samples: object) -> Tensor:
-        """The vectors of given samples on given maps, (R, D); arguments and order as in :meth:`predict`."""
+        """The vectors of given samples on given maps, (R, D); arguments and order as in :meth:`~era.modeling.detectors.Detector.predict`."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
     def predict_vectors(self, vectors: Tensor) -> Predictions:
-        """What the last layers say of vectors (R, D), float32: :meth:`predict` is this of :meth:`vectors`."""
+        """What the last layers say of vectors (R, D), float32: :meth:`~era.modeling.detectors.Detector.predict` is this of :meth:`vectors`."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
     def prediction_loss(self, predictions: Predictions, recording: Recording) -> Tensor:
-        """As :meth:`head_loss`, of what the last layers say of the student's samples, row by row."""
+        """As :meth:`~era.modeling.detectors.Detector.head_loss`, of what the last layers say of the student's samples, row by row."""
         raise NotImplementedError(f"{type(self).__name__} makes no vector of a sample")
 
     def soft_prediction_loss(
