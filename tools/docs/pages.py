@@ -80,7 +80,8 @@ def _in_site(target: str, files: Files, config: MkDocsConfig) -> str | None:
     if target in PAGES:
         return PAGES[target]
     if target.startswith("docs/"):
-        return target.removeprefix("docs/")
+        place = target.removeprefix("docs/")
+        return place if files.get_file_from_path(place) else None
     if target.startswith("..") or not (REPO / target).is_file():
         return None
     place = f"{COPIES}/{target}"
@@ -104,6 +105,7 @@ def _tree(package: str) -> dict:
 def _entry(tree: dict) -> dict:
     """A package's part of the navigation: its own page first, then what lies below it."""
     ((module, below),) = tree.items()
+    label = module.rpartition(".")[2]
     if not below:
-        return {module: place_of(module)}
-    return {module: [place_of(module), *(_entry({m: b}) for m, b in below.items())]}
+        return {label: place_of(module)}
+    return {label: [place_of(module), *(_entry({m: b}) for m, b in below.items())]}

@@ -15,6 +15,7 @@ import griffe
 from mkdocs.plugins import get_plugin_logger
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~?)(?P<name>[\w.]+)`")
+LITERAL = re.compile(r"(?<=\S)::$", re.MULTILINE)  # of reStructuredText; the indented lines below are code in Markdown too
 
 logger = get_plugin_logger("roles")
 
@@ -49,9 +50,8 @@ class SphinxRoles(griffe.Extension):
 def _rewrite(owner: griffe.Object, modules: griffe.ModulesCollection) -> None:
     """All docstrings of an object and of what it holds."""
     if owner.docstring is not None:
-        owner.docstring.value = ROLE.sub(
-            lambda role: _reference(role, owner, modules), owner.docstring.value
-        )
+        text = LITERAL.sub(":", owner.docstring.value)
+        owner.docstring.value = ROLE.sub(lambda role: _reference(role, owner, modules), text)
     for member in owner.members.values():
         if not member.is_alias:
             _rewrite(member, modules)

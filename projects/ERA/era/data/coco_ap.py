@@ -37,7 +37,7 @@ def coco_metrics(
         image_ids: of the images that count; default: all.
 
     Returns:
-        "AP", "AP50", "AP75", "APs", "APm", "APl" (small, medium and large objects) and "AP-<class>". What the
+        "AP", "AP50", "AP75", "APs", "APm", "APl" (small, medium and large objects) and ``AP-<class>``. What the
         images have no object of is absent; without detections the rest is 0.
 
     Raises:

@@ -206,7 +206,7 @@ def clean_metrics(lines: list) -> list[dict]:
 def recorded_ap(
     metrics: Sequence[dict], cfg: CfgNode, *, prefix: str = ""
 ) -> dict[str, dict[str, float]]:
-    """The last evaluation's metrics by task and name: "bbox" -> "AP", "AP50", ..., "AP-<class>".
+    """The last evaluation's metrics by task and name: "bbox" -> "AP", "AP50", ..., ``AP-<class>``.
 
     Args:
         prefix: "teacher/" for the teacher's.
