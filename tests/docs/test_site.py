@@ -84,8 +84,12 @@ def test_roles_of_docstrings_are_links(pages):
     raw = re.compile(r":(?:attr|class|data|func|meth|mod):")
     found = {p.name: m[0] for p, text in pages.items() if (m := raw.search(_prose(text)))}
     assert found == {}
-    text = next(t for p, t in pages.items() if p.as_posix().endswith("reference/era/runs/plan.html"))
-    assert re.search(r'href="?schema.html#era.runs.schema.read_plan"?[^>]*><code>read_plan</code>', text)
+    text = next(
+        t for p, t in pages.items() if p.as_posix().endswith("reference/era/runs/plan.html")
+    )
+    assert re.search(
+        r'href="?schema.html#era.runs.schema.read_plan"?[^>]*><code>read_plan</code>', text
+    )
 
 
 def _prose(text: str) -> str:
@@ -105,9 +109,9 @@ def test_every_link_leads_somewhere(site, pages):
             if url.scheme or url.netloc:
                 continue
             target = (path.parent / unquote(url.path)).resolve() if url.path else path
-            if not target.is_file():
-                dead.add((path.name, link))
-            elif url.fragment and unquote(url.fragment) not in anchors.get(target, ()):
+            if not target.is_file() or (
+                url.fragment and unquote(url.fragment) not in anchors.get(target, ())
+            ):
                 dead.add((path.name, link))
     assert sorted(dead) == []
 
@@ -121,7 +125,9 @@ def test_nothing_is_fetched_from_the_network(site, pages):
         if urlsplit(address).netloc
     }
     assert foreign == set()
-    styles = [p for p in site.rglob("*.css") if re.search(r"url\([\"']?(https?:)?//", p.read_text())]
+    styles = [
+        p for p in site.rglob("*.css") if re.search(r"url\([\"']?(https?:)?//", p.read_text())
+    ]
     assert styles == []
 
 
@@ -194,9 +200,13 @@ def test_the_readme_is_two_screens():
 
 def test_pages_have_no_syntax_that_looks_broken_in_the_repository():
     """Admonitions, tabs, attributes, snippets and references of MkDocs' extensions."""
-    syntax = re.compile(r"^(!!!|\?\?\?\+?|===) |^:::|\{:? *[.#][\w-]+|--8<--|\]\[[\w.]*\]", re.MULTILINE)
+    syntax = re.compile(
+        r"^(!!!|\?\?\?\+?|===) |^:::|\{:? *[.#][\w-]+|--8<--|\]\[[\w.]*\]", re.MULTILINE
+    )
     for path in [REPO / "README.md", REPO / "CONTRIBUTING.md", *(REPO / "docs").glob("*.md")]:
-        text = re.sub(r"```.*?```|`[^`\n]*`|^    .*$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+        text = re.sub(
+            r"```.*?```|`[^`\n]*`|^    .*$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M
+        )
         assert not (found := syntax.search(text)), (path.name, found[0])
 
 

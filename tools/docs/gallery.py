@@ -18,7 +18,9 @@ from selenium.webdriver.common.by import By
 
 FIGURES = ("ap.png", "losses.png", "charts.png")
 WIDTH, HEIGHT = 1100, 900  # of the browser's window, CSS pixels
-COLOURS = 128  # of a picture's palette: figures and pages need no more, and stay small in the repository
+COLOURS = (
+    128  # of a picture's palette: figures and pages need no more, and stay small in the repository
+)
 
 
 def main() -> None:
@@ -55,7 +57,9 @@ def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG of few colours, and say how large it is."""
     flat = Image.new("RGB", picture.size, "white")
     flat.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
-    flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
     print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 

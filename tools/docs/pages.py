@@ -62,7 +62,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def public_modules() -> Iterator[str]:
     """Dotted names of all modules no part of whose name begins with ``_``, packages before their modules."""
     for package in PACKAGES:
-        for path in sorted((SOURCES / package).rglob("*.py"), key=lambda p: p.with_suffix("").parts):
+        for path in sorted(
+            (SOURCES / package).rglob("*.py"), key=lambda p: p.with_suffix("").parts
+        ):
             parts = path.relative_to(SOURCES).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if not any(part.startswith("_") for part in parts):

@@ -15,7 +15,9 @@ import griffe
 from mkdocs.plugins import get_plugin_logger
 
 ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~?)(?P<name>[\w.]+)`")
-LITERAL = re.compile(r"(?<=\S)::$", re.MULTILINE)  # of reStructuredText; the indented lines below are code in Markdown too
+LITERAL = re.compile(
+    r"(?<=\S)::$", re.MULTILINE
+)  # of reStructuredText; the indented lines below are code in Markdown too
 
 logger = get_plugin_logger("roles")
 
@@ -86,9 +88,7 @@ def find(name: str, owner: griffe.Object, modules: griffe.ModulesCollection) -> 
     return found
 
 
-def _member(
-    owner: griffe.Object, name: str, modules: griffe.ModulesCollection
-) -> str | None:
+def _member(owner: griffe.Object, name: str, modules: griffe.ModulesCollection) -> str | None:
     """The path of an object's member, of a class also those of its bases; None = it has none of that name."""
     if name in owner.members:
         return _path(owner.members[name], modules)
