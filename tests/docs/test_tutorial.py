@@ -44,7 +44,7 @@ def test_the_tutorial_runs(tmp_path):
     assert json.loads((here / "deployed" / "manifest.json").read_text())["format"] == "onnx"
     assert len(json.loads((here / "found" / "images.json").read_text())["images"]) == 10
     report = (here / "report.html").read_text(encoding="utf-8")
-    assert all(f">{word}<" in report for word in ("Result", "Training", "Pictures", "Deployment"))
+    assert all(f'<section id="{part}"' in report for part in ("result", "training", "deployment"))
 
 
 def test_the_page_shows_what_the_demo_trains():
