@@ -21,8 +21,10 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker, _find_free_port
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.solver import LRMultiplier
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -53,6 +55,16 @@ def training_sampler(cfg: CfgNode, records: Dataset) -> Sampler:
 def precise_bn_loader(hook: PreciseBN):
     """The batches out of which it computes statistics, None if it does not; ``PreciseBN._data_loader``, a59f0563."""
     return getattr(hook, "_data_loader", None)
+
+
+def schedule_of(scheduler: LRMultiplier) -> ParamScheduler:
+    """Of the factor that a scheduler multiplies learning rates by; ``LRMultiplier._multiplier``, a59f0563."""
+    return scheduler._multiplier
+
+
+def set_schedule(scheduler: LRMultiplier, schedule: ParamScheduler) -> None:
+    """Put another in its place, which the next step reads; ``LRMultiplier._multiplier``, a59f0563."""
+    scheduler._multiplier = schedule
 
 
 def last_evaluation(trainer: TrainerBase) -> dict | None:

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 # What may change without changing what the run computes.
 FREE = {
     "OUTPUT_DIR", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINTS_KEPT",
-    "SOLVER.MAX_LOSS", "MODEL.DISTILLER.MAX_TASK_RATIO",
+    "SOLVER.MAX_SECONDS", "SOLVER.MAX_LOSS", "MODEL.DISTILLER.MAX_TASK_RATIO",
 }  # fmt: skip
 
 

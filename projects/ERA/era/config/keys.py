@@ -96,6 +96,10 @@ def add_era_config(cfg: CfgNode) -> None:
     # Batches whose gradients are summed into one optimiser step. SOLVER.IMS_PER_BATCH stays the number
     # of images per optimiser step; each forward sees IMS_PER_BATCH / ACCUMULATION_STEPS of them.
     _C.SOLVER.ACCUMULATION_STEPS = 1
+    # Seconds in which a process is to be done with the training, evaluations included; 0 = as long as it takes. Where it runs
+    # behind, the rest of the schedule is gone through in fewer iterations, so that the learning rate comes to its end
+    # (era/engine/time_limit.py).
+    _C.SOLVER.MAX_SECONDS = 0
     # A run stops before the weights are touched if one of its loss terms, by its absolute value, is above this (or
     # not finite). Far above anything healthy: a guard against weights that have left every bound, not a tuning knob.
     _C.SOLVER.MAX_LOSS = 1e6

@@ -24,8 +24,16 @@ BEST_FILE = "best.json"  # beside the plain student: which evaluation it is of
 
 
 class Enough(BaseException):
-    """Training ends here, as it does after its last iteration, because no evaluation was better for a while. Like
-    KeyboardInterrupt no ``except Exception`` takes it."""
+    """Training ends here, as it does after its last iteration: no evaluation was better for a while, or its time is over.
+    Like KeyboardInterrupt no ``except Exception`` takes it.
+
+    Args:
+        is_evaluated: whether the weights were evaluated just now; else that is done at the end.
+    """
+
+    def __init__(self, *, is_evaluated: bool = True):
+        super().__init__()
+        self.is_evaluated = is_evaluated
 
 
 def check_best(cfg: CfgNode) -> None:

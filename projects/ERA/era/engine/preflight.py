@@ -49,6 +49,7 @@ RANGES = (
     ("SOLVER.GAMMA", 0, MOST),
     ("SOLVER.WARMUP_FACTOR", 0, 1),
     ("SOLVER.WARMUP_ITERS", 0, MOST),
+    ("SOLVER.MAX_SECONDS", 0, MOST),  # 0 = as long as it takes
     ("SOLVER.CHECKPOINT_PERIOD", 0, MOST),  # 0 = at the end only
     ("TEST.EVAL_PERIOD", 0, MOST),
     ("DATALOADER.NUM_WORKERS", 0, 1024),

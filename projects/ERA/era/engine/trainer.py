@@ -64,9 +64,10 @@ from era.engine.resume import (
     scalars_of,
     torchscript_without_history,
 )
-from era.engine.schedule import amp_dtype, scale_to_world
+from era.engine.schedule import Shortened, amp_dtype, scale_to_world
 from era.engine.stepping import StepTrainer
 from era.engine.stopping import StopAtSignal, interruptible
+from era.engine.time_limit import TimeLimit
 from era.engine.tracking import TrackingWriter
 from era.engine.validation_loss import validation_losses
 from era.engine.watch import watch_of
@@ -123,6 +124,7 @@ class Trainer(DefaultTrainer):
             watch=watch,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.schedule = Shortened.wrap(self.scheduler, cfg.SOLVER.MAX_ITER)
         self.average = average_of(cfg, self.bare_model)
         self.checkpointer = AveragingCheckpointer(
             model,
@@ -223,6 +225,8 @@ class Trainer(DefaultTrainer):
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._after_checkpoint():
             hook.after_step()
+        if self.schedule.is_shortened and self.start_iter >= self.max_iter:
+            raise Enough(is_evaluated=False)
         self.iter = self.start_iter
 
     def _after_checkpoint(self) -> list[HookBase]:
@@ -236,9 +240,12 @@ class Trainer(DefaultTrainer):
             super().run_step()
 
     def after_step(self) -> None:
-        """As DefaultTrainer. Raises Diverged where the weights have left every bound."""
+        """As DefaultTrainer. Raises Diverged where the weights have left every bound, Enough where a shortened schedule is
+        at its end."""
         with self._bad_steps_kept(updated=True):
             super().after_step()
+        if self.schedule.is_shortened and self.iter + 1 >= self.max_iter:
+            raise Enough(is_evaluated=False)
 
     @contextmanager
     def _bad_steps_kept(self, *, updated: bool):
@@ -250,16 +257,18 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """A run that had nothing left to do is where it was; what failed is not evaluated. One that has seen enough is
-        complete, and was evaluated just now."""
-        if isinstance(sys.exc_info()[1], Enough):
+        complete."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Enough):
             self.iter = self.max_iter = self.iter + 1
         self.iter = min(self.iter, max(self.max_iter, self.start_iter))
-        if sys.exc_info()[0] is not None:
+        if error is not None and getattr(error, "is_evaluated", True):
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
         super().after_train()
 
     def train(self) -> dict | None:
-        """As DefaultTrainer; the last evaluation's metrics on the main process. It may end early (``TEST.PATIENCE``)."""
+        """As DefaultTrainer; the last evaluation's metrics on the main process. It may end early (``TEST.PATIENCE``,
+        ``SOLVER.MAX_SECONDS``)."""
         try:
             with torchscript_without_history(self.cfg.MODEL.DEVICE):
                 return super().train()
@@ -274,6 +283,7 @@ class Trainer(DefaultTrainer):
         StopAtSignal.insert(ret)
         if self.average is not None:
             ret.insert(0, UpdateAverage(self.average))
+        TimeLimit.insert(ret, self.schedule, cfg)
         if self.cfg.MODEL.DEVICE.startswith("cuda"):
             ret.insert(0, GpuMemory())  # before the writers
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
