@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 from builders import REPO, TOY
+from detectron2.modeling import build_backbone
 from distil_case import make_stranger
 
 from era.config import load_config, student_config
 from era.distil import configs, timing
 from era.distil.annotations import Data, Split, read_data
+from era.distil.pretrained import RANDOM, Start
 from era.distil.products import make_runs
 from era.distil.request import argument_parser, read_request
-from era.distil.students import STUDENTS, put_backbone
+from era.distil.students import STUDENTS, find_student, put_backbone
 from era.errors import UserError
 
 ZOO = "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"
@@ -37,7 +39,9 @@ def _request(stranger, *more):
 
 def _made(stranger, data, *more):
     request = _request(stranger, *more)
-    chosen = configs.settle(request, data, memory_gib=None, workers=0)
+    pretrained = Start("ImageNet", find_student(request.student).weights)
+    start = pretrained if request.student == "r50" else RANDOM
+    chosen = configs.settle(request, data, start, memory_gib=None, workers=0)
     return configs.make_configs(request, data, chosen, Path("/out")), chosen
 
 
@@ -135,16 +139,9 @@ def test_overrides_have_the_last_word(stranger, data):
     assert made["distilled"].MODEL.RPN.NMS_THRESH == 0.7
 
 
-def test_weights_of_ones_own_start_a_student_as_pretrained_ones_do(stranger, data):
-    made, _ = _made(stranger, data, "--opts", "MODEL.WEIGHTS", "r18.pth")
-    keys = made["distilled"].MODEL
-    assert keys.WEIGHTS == "r18.pth" and keys.RESNETS.NORM == "FrozenBN"
-    assert keys.BACKBONE.FREEZE_AT == 2
-
-
 def test_the_given_time_sets_the_schedules(stranger, data):
     request = _request(stranger, "--time", "2h")
-    chosen = configs.settle(request, data, memory_gib=None, workers=0)
+    chosen = configs.settle(request, data, RANDOM, memory_gib=None, workers=0)
     assert chosen.iterations == {"teacher": 500, "distilled": 2000}
     times = {"teacher": timing.Times(2.0, 0.1), "distilled": timing.Times(2.0, 0.1)}
     found, seconds = timing.schedule(request, data, chosen, times)
@@ -159,8 +156,8 @@ def test_the_given_time_sets_the_schedules(stranger, data):
 def test_every_short_name_puts_a_backbone_into_a_zoo_config(name):
     cfg = load_config(ZOO)
     put_backbone(cfg, name)
-    assert STUDENTS[name].keys["DEPTH"] == cfg.MODEL.RESNETS.DEPTH
-    assert (cfg.MODEL.RESNETS.NORM == "BN") == (not STUDENTS[name].weights)
+    assert cfg.MODEL.WEIGHTS == "" and cfg.INPUT.FORMAT == "BGR"
+    assert len(build_backbone(cfg).output_shape()) == 5
 
 
 def test_a_teacher_of_the_same_classes_stays_as_it_is(stranger, data):

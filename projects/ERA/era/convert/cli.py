@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
@@ -15,9 +16,22 @@ from era.checkpoint.finite import check_finite
 from era.checkpoint.writing import check_new_folder, folder_whole, save_whole
 from era.config import check_parts, load_config, student_config
 from era.convert.forward import compare_maps
-from era.convert.libraries import is_of_timm, library_of, timm_preprocessing
+from era.convert.libraries import (
+    is_of_timm,
+    is_of_torchvision,
+    library_of,
+    timm_preprocessing,
+    torchvision_preprocessing,
+)
 from era.convert.matching import BOTTOM_UP, Matches, match
-from era.convert.source import CAFFE, TORCHVISION, Preprocessing, preprocessing_of, read_source
+from era.convert.source import (
+    CAFFE,
+    TORCHVISION,
+    Preprocessing,
+    SourceFile,
+    preprocessing_of,
+    read_source,
+)
 from era.engine.preflight import build_model_of
 from era.environment import versions
 from era.errors import UserError
@@ -42,6 +56,29 @@ examples:
 The config says which model the weights are for. Written: the checkpoint, the config with its path and the preprocessing that
 its weights want, and what became of every tensor. A run then names the checkpoint in MODEL.WEIGHTS.
 """
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that fits.
+
+    Attributes:
+        matches: what became of its tensors.
+        cfg: of the model, with the preprocessing that they want.
+        report: of ``conversion.json``.
+    """
+
+    matches: Matches
+    cfg: CfgNode
+    report: dict
+
+    def summary(self) -> str:
+        """What became of the file, as a table and a sentence."""
+        return summary(self.matches, self.report)
+
+    def write(self, output: str) -> None:
+        """The folder, absent or empty: whole or not at all. Raises UserError where it cannot be written."""
+        _write(output, self.matches, self.cfg, self.report)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -113,13 +150,38 @@ def convert(
     source = read_source(weights)
     cfg = load_config(config_file, opts)
     check_parts(cfg)
+    found = converted(source, cfg, name=weights, preprocessing=preprocessing, max_left=max_left)
+    found.write(output)
+    print(found.summary())
+    print(f"{output}: {WEIGHTS}, {CONFIG} and {REPORT} written")
+    return found.matches
+
+
+def converted(
+    source: SourceFile,
+    cfg: CfgNode,
+    *,
+    name: str,
+    preprocessing: str = AUTO,
+    max_left: float = MAX_LEFT,
+) -> Conversion:
+    """What becomes of a checkpoint in a config's model, compared on a picture; nothing is written.
+
+    Args:
+        cfg: of the model; gets the preprocessing that the weights want, in place.
+        name: how a message names the file.
+        preprocessing, max_left: as :func:`convert`.
+
+    Raises:
+        UserError: as :func:`convert`.
+    """
     known = _preprocessing(preprocessing, source.notes, cfg)
     changed = apply_preprocessing(cfg, known)
     stock = student_config(cfg)
     stock.MODEL.DEVICE = "cpu"
     model = build_model_of(stock).eval()
     library = library_of(cfg, model.backbone.bottom_up, stride_in_1x1=known.stride_in_1x1)
-    what = f"--weights {weights!r}"
+    what = f"--weights {name!r}"
     matches = match(source.weights, library, model, cfg, what=what)
     if matches.left_share > max_left:
         raise UserError(
@@ -128,7 +190,7 @@ def convert(
             f"place in it, such as {matches.left[0]}; give the config that it belongs to, or allow more with --max-left."
         )
     try:
-        check_finite(matches.weights, output)
+        check_finite(matches.weights, source.path)
     except FloatingPointError as e:
         raise UserError(
             f"{what} cannot be used ({e}): nothing was written; get the file again."
@@ -147,10 +209,7 @@ def convert(
         "new": matches.new,
         "versions": versions("torch", "torchvision"),
     }
-    _write(output, matches, cfg, report)
-    print(summary(matches, report))
-    print(f"{output}: {WEIGHTS}, {CONFIG} and {REPORT} written")
-    return matches
+    return Conversion(matches, cfg, report)
 
 
 def apply_preprocessing(cfg: CfgNode, known: Preprocessing) -> dict[str, str]:
@@ -205,6 +264,8 @@ def _preprocessing(asked: str, notes: str, cfg: CfgNode) -> Preprocessing:
         return KNOWN[asked]
     if not notes and is_of_timm(cfg):
         return timm_preprocessing(cfg.MODEL.TIMM.NAME)
+    if not notes and is_of_torchvision(cfg):
+        return torchvision_preprocessing(cfg.MODEL.TORCHVISION.NAME)
     return preprocessing_of(notes)
 
 

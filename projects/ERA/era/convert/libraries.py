@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torchvision
 from detectron2.config import CfgNode
@@ -141,6 +142,24 @@ def is_of_timm(cfg: CfgNode) -> bool:
     return "_timm_" in cfg.MODEL.BACKBONE.NAME
 
 
+def is_of_torchvision(cfg: CfgNode) -> bool:
+    """Whether a config's backbone is a network of torchvision by name."""
+    return "_torchvision_" in cfg.MODEL.BACKBONE.NAME
+
+
+def torchvision_preprocessing(name: str) -> Preprocessing:
+    """Mean and deviation of a network's first pretrained weights as torchvision knows them: ImageNet's for nearly all.
+
+    Args:
+        name: of the network; also one that does not exist.
+    """
+    try:
+        known = next(iter(torchvision.models.get_model_weights(name))).transforms()
+    except (ValueError, StopIteration):
+        return TORCHVISION
+    return _rgb(known.mean, known.std)
+
+
 def timm_preprocessing(name: str) -> Preprocessing:
     """Mean and deviation of a network's pretrained weights as timm knows them; all of timm's are RGB. torchvision's for one
     that it does not know.
@@ -154,7 +173,11 @@ def timm_preprocessing(name: str) -> Preprocessing:
     known = import_timm().get_pretrained_cfg(name)
     if known is None:
         return TORCHVISION
-    mean, std = (tuple(round(255 * v, 3) for v in values) for values in (known.mean, known.std))
+    return _rgb(known.mean, known.std)
+
+
+def _rgb(mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    mean, std = (tuple(round(255 * v, 3) for v in values) for values in (mean, std))
     return Preprocessing("RGB", mean, std)
 
 

@@ -7,14 +7,16 @@ import shlex
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from era.checkpoint.writing import write_text_whole
 from era.config import load_config
-from era.distil import choices
 from era.distil.annotations import read_data, write_data
+from era.distil.clock import PREPARE, TIME_FILE, Clock, seconds_for
 from era.distil.configs import DISTILLED, make_configs, write_config
+from era.distil.pretrained import find_start
 from era.distil.products import (
     DEPLOYED,
     REPORT_FILE,
@@ -25,12 +27,13 @@ from era.distil.products import (
 )
 from era.distil.request import Request, argument_parser, read_request
 from era.distil.state import ENVIRONMENT_FILE, STATE_FILE, Plan, make_plan, read_state, write_state
-from era.distil.timing import measure
+from era.distil.timing import EVALUATE, EXPORT, REPORT, START, measure
 from era.environment import collected, usable_cores
 from era.errors import UserError
 from era.runs.execute import execute, interruptible
 from era.runs.folder import prepare_folder
 from era.runs.placement import usable_gpus
+from era.runs.plan import Run
 from era.runs.process import go_on_process
 
 FAILED = 1
@@ -75,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "another, or give the command again to go on with that one."
                 )
             write()
-        runs, problems = carry_out(plan, request)
-    _finish(runs, problems, request.output, time.monotonic() - began)
+        with Clock(request.output / TIME_FILE) as clock:
+            clock.add(PREPARE, time.monotonic() - began)
+            runs, problems = carry_out(plan, request, clock)
+    _finish(runs, problems, request.output)
+    print(plan.compared(clock.seconds, request.output))
     return FAILED if problems else 0
 
 
@@ -84,12 +90,16 @@ def _prepare(request: Request, began: float):
     """The plan of a new folder, and what writes it there."""
     print("Looking at the data and the pictures ...", flush=True)
     data = read_data(request.data, request.val, request.seed)
+    start = find_start(request)
+    if start.conversion is not None:
+        print(f"The student's weights, {start.about}:\n{start.conversion.summary()}", flush=True)
     print("Taking a few steps of every training, to know how long they take ...", flush=True)
-    measured = measure(request, data, began)
+    measured = measure(request, data, start, began)
     plan = make_plan(request, data, measured)
 
     def write() -> None:
         write_data(data, request.output)
+        start.write(request.output)
         configs = make_configs(request, data, measured.chosen, request.output)
         for name, cfg in configs.items():
             write_config(cfg, request.output / f"{name}.yaml")
@@ -99,8 +109,11 @@ def _prepare(request: Request, began: float):
     return plan, write
 
 
-def carry_out(plan: Plan, request: Request):
+def carry_out(plan: Plan, request: Request, clock: Clock):
     """Everything of a plan that is not done yet.
+
+    Args:
+        clock: counts the time of every step.
 
     Returns:
         The runs, and why exports are missing.
@@ -112,17 +125,33 @@ def carry_out(plan: Plan, request: Request):
     methods = load_config(str(output / f"{DISTILLED}.yaml")).MODEL.DISTILLER.METHODS
     runs = make_runs(plan.trainings, output, request.processes, methods)
     gpus = usable_gpus() if request.num_gpus else ()
+
+    def start(run: Run, threads: int, lent: Sequence[str] | None):
+        clock.begin(EVALUATE if run.evaluates else run.name)
+        return go_on_process(_in_time(run, plan, request, clock), threads, lent)
+
     try:
-        execute(runs, jobs=1, cores=usable_cores(), gpus=gpus, reuse=True, start=go_on_process)
+        execute(runs, jobs=1, cores=usable_cores(), gpus=gpus, reuse=True, start=start)
     except UserError as e:
         raise UserError(str(e).replace("--reuse keeps", "the same command keeps")) from e
+    clock.begin(EXPORT)
     folders, problems = export_student(output, request.formats, partial(print, flush=True))
+    clock.begin(REPORT)
     write_the_report(output, plan.trainings, folders, plan.notes)
     return runs, problems
 
 
-def _finish(runs, problems: Sequence[str], output: Path, seconds: float) -> None:
-    print(f"\n{table(runs)}\n\nDone in {choices.in_words(seconds)}. Everything is in {output}:")
+def _in_time(run: Run, plan: Plan, request: Request, clock: Clock) -> Run:
+    """A training whose process is told how much of ``--time`` it has; any other run as it is."""
+    if request.seconds is None or run.evaluates:
+        return run
+    seconds = seconds_for(run.name, request.seconds, plan.planned, clock.snapshot())
+    seconds = max(1, int(seconds - START[request.device]))  # it counts when it is set up
+    return replace(run, command=(*run.command, "SOLVER.MAX_SECONDS", str(seconds)))
+
+
+def _finish(runs, problems: Sequence[str], output: Path) -> None:
+    print(f"\n{table(runs)}\n\nDone. Everything is in {output}:")
     for name, what in (
         (f"{DISTILLED}/student", "the student, an ordinary Detectron2 model"),
         (DEPLOYED, "the student for other programs"),

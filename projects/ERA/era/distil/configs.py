@@ -16,8 +16,9 @@ from era.config import get_era_cfg, student_config, validate_config
 from era.deploy.source import class_categories
 from era.distil import anchors, choices
 from era.distil.annotations import FOLDER, Data, skipping
+from era.distil.pretrained import Start, put_start
 from era.distil.request import Request
-from era.distil.students import FORMS, form_of, head_levels, put_backbone
+from era.distil.students import FORMS, form_of, head_levels, put_backbone, stock
 from era.engine.preflight import check_schedule
 from era.errors import UserError
 from era.modeling.detectors import family_of
@@ -43,6 +44,7 @@ class Choices:
         batch: pictures a step over all devices.
         iterations, evaluations: by training.
         workers: processes of each data loader.
+        start: what the student starts from.
         why: a reason by what was chosen, for people.
     """
 
@@ -54,6 +56,7 @@ class Choices:
     iterations: dict[str, int]
     evaluations: dict[str, int]
     workers: int
+    start: Start
     why: dict[str, str]
 
     @property
@@ -73,6 +76,7 @@ def teacher_classes(cfg: CfgNode) -> list[str] | None:
 def settle(
     request: Request,
     data: Data,
+    start: Start,
     *,
     memory_gib: float | None,
     workers: int,
@@ -81,6 +85,7 @@ def settle(
     """Choose everything but what follows from measured times: the iterations are the usual ones.
 
     Args:
+        start: of the student.
         memory_gib: of one GPU; None on the CPU.
         workers: processes of each data loader.
         batch: pictures a step, where it is known what fits.
@@ -104,21 +109,20 @@ def settle(
             found, why["anchors"] = anchors.choose(found, boxes, strides)
     pictures = data.train.with_objects
     batch = batch or choices.batch_size(size, pictures, request.processes, memory_gib)
-    student = _stock(cfg)
-    put_backbone(student, request.student, weights=request.override("MODEL.WEIGHTS"))
-    from_random = not student.MODEL.WEIGHTS
     plan = {TEACHER: True} if fine_tune else {}
     plan |= {PLAIN: False} if request.baseline else {}
     plan |= {DISTILLED: False}
     iterations = {
         name: int(request.override(MAX_ITER, teacher=teacher) or 0)
-        or choices.usual_iterations(pictures, batch, from_random=from_random, is_teacher=teacher)
+        or choices.usual_iterations(
+            pictures, batch, from_random=start.is_random, is_teacher=teacher
+        )
         for name, teacher in plan.items()
     }
     why["masks"] = "every object has polygons" if data.has_masks else "not every object has polygons"  # fmt: skip
     return Choices(
         fine_tune, bool(cfg.MODEL.MASK_ON and data.has_masks), found, size, batch, iterations,
-        dict.fromkeys(iterations, choices.EVALUATIONS[0]), workers, why,
+        dict.fromkeys(iterations, choices.EVALUATIONS[0]), workers, start, why,
     )  # fmt: skip
 
 
@@ -126,13 +130,13 @@ def make_configs(request: Request, data: Data, chosen: Choices, folder: Path) ->
     """The config of every training, with what was chosen, by name.
 
     Args:
-        folder: that the runs lie in, and the data of :func:`~era.distil.annotations.write_data`.
+        folder: that the runs lie in, the data of :func:`~era.distil.annotations.write_data`, and what the student starts from.
 
     Raises:
         UserError: overrides that do not fit.
     """
     teacher = request.teacher_config()
-    base = _stock(teacher)
+    base = stock(teacher)
     if chosen.fine_tune and chosen.anchors is not None:
         base.MODEL.ANCHOR_GENERATOR.SIZES = [list(level) for level in chosen.anchors.sizes]
         base.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(chosen.anchors.ratios)]
@@ -146,7 +150,8 @@ def make_configs(request: Request, data: Data, chosen: Choices, folder: Path) ->
         if name == TEACHER:
             cfg.MODEL.WEIGHTS = request.teacher_weights
         else:
-            put_backbone(cfg, request.student, weights=request.override("MODEL.WEIGHTS"))
+            put_backbone(cfg, request.student)
+            put_start(cfg, chosen.start, folder)
         _put_data(cfg, request, data, chosen, folder)
         _put_schedule(cfg, chosen, name)
         cfg.SEED = request.seed
@@ -195,15 +200,6 @@ def given_anchors(cfg: CfgNode) -> anchors.Anchors | None:
     if len(keys.ASPECT_RATIOS) != 1 or len({len(level) for level in sizes}) != 1:
         return None
     return anchors.Anchors(tuple(map(tuple, sizes)), tuple(keys.ASPECT_RATIOS[0]))
-
-
-def _stock(teacher: CfgNode) -> CfgNode:
-    """The teacher's model and channel order, all else at its default."""
-    cfg = get_era_cfg()
-    cfg.merge_from_other_cfg(CfgNode({"MODEL": student_config(teacher).MODEL}))
-    cfg.INPUT.FORMAT = teacher.INPUT.FORMAT
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
-    return cfg
 
 
 def dataset_names(request: Request) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from era.addresses import check_address, is_remote
 from era.config import load_config
 from era.deploy.formats import FORMATS, check_format
-from era.distil.students import STUDENTS, find_student, form_of
+from era.distil.students import LIBRARIES, STUDENTS, find_student, form_of
 from era.errors import UserError
 from era.registry import METHOD_REGISTRY
 
@@ -42,9 +42,10 @@ what it leaves in --output:
   deployed/FORMAT/             the student for `predict` (tools/predict.py), each checked against eager
   report.html                  AP by class and size, curves, pictures, exported models, on one page
   data/                        the annotations as they were divided, and split.json
+  student_weights/             what the student started from, and what became of every tensor, where it was converted
   teacher.yaml, distilled.yaml each training's config: `train --config-file FILE --resume` (tools/train_net.py) goes on by hand
   teacher/, distilled/         the trainings, each with train.log, metrics.json and checkpoints
-  distil.json                  what was asked for and chosen
+  distil.json, time.json       what was asked for and chosen, and the seconds that each step took
 
 --opts and --teacher-opts have the last word over what is chosen; docs/config.md lists the keys, docs/distil.md has more.
 """
@@ -62,6 +63,7 @@ class Request:
     teacher: str
     teacher_weights: str
     student: str
+    student_weights: str  # "" = public ones where they are known
     methods: tuple[str, ...]  # none = recipe.yaml
     seconds: float | None
     formats: tuple[str, ...]
@@ -99,7 +101,9 @@ class Request:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Options of ``tools/distil.py``."""
-    students = "\n".join(f"  {name:<28} {student.about}" for name, student in STUDENTS.items())
+    known = {name: student.about for name, student in STUDENTS.items()}
+    known |= {f"{library}:NAME": about for library, about in LIBRARIES.items()}
+    students = "\n".join(f"  {name:<28} {about}" for name, about in known.items())
     parser = argparse.ArgumentParser(
         description=DESCRIPTION,
         epilog=EPILOG.replace("STUDENTS", students),
@@ -111,10 +115,14 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--teacher", default=TEACHER, metavar="CONFIG", help="a name in Detectron2's model zoo, or a config file "
         "(default: %(default)s)")  # fmt: skip
     add("--teacher-weights", default="", metavar="FILE", help="of a teacher that is a config file")
-    add("--student", default="r18", metavar="NAME", help=f"{', '.join(STUDENTS)} (default: %(default)s)")  # fmt: skip
+    add("--student", default="r18", metavar="NAME", help=f"{', '.join(STUDENTS)}, torchvision:NAME or timm:NAME, see below "
+        "(default: %(default)s)")  # fmt: skip
+    add("--student-weights", default="", metavar="FILE", help="that the student's backbone starts from, a file or address of "
+        "torchvision, timm, mmdetection or Detectron2; none = random ones (default: of ImageNet, where the list below says so)")  # fmt: skip
     add("--method", nargs="+", default=[], metavar="NAME", help="methods of distillation with their default settings, see "
         "train --list-methods (default: the ERA of era/distil/recipe.yaml)")  # fmt: skip
-    add("--time", metavar="TIME", help="for everything, such as 2h, 90m or 1h30m; default: what the size of the data asks for")  # fmt: skip
+    add("--time", metavar="TIME", help="for everything, such as 2h, 90m or 1h30m; trainings that run behind are shortened; "
+        "default: what the size of the data asks for")  # fmt: skip
     add("--formats", nargs="+", metavar="NAME", help=f"to export to: {', '.join(FORMATS)}; none for none (default: those "
         "of torchscript, onnx and openvino whose packages are installed)")  # fmt: skip
     add("--baseline", action="store_true", help="also train the student without a teacher, to compare with")  # fmt: skip
@@ -152,16 +160,18 @@ def read_request(args: argparse.Namespace) -> Request:
                 f"{option} {' '.join(opts)!r} are not pairs: expected KEY VALUE KEY VALUE ...; correct them."
             )
         _check_overrides(option, opts)
-        if seconds is not None and "SOLVER.MAX_ITER" in opts[::2]:
-            raise UserError(
-                f"--time and SOLVER.MAX_ITER of {option} both set the schedule: expected one of them; leave the other out."
-            )
+        for key in ("SOLVER.MAX_ITER", "SOLVER.MAX_SECONDS"):
+            if seconds is not None and key in opts[::2]:
+                raise UserError(
+                    f"--time and {key} of {option} both set the schedule: expected one of them; leave the other out."
+                )
     return Request(
         data=data,
         val=val,
         teacher=args.teacher if _is_zoo_name(args.teacher) else os.path.abspath(args.teacher),
         teacher_weights=weights,
         student=args.student,
+        student_weights=_student_weights(args.student_weights),
         methods=tuple(args.method),
         seconds=seconds,
         formats=read_formats(args.formats),
@@ -274,9 +284,21 @@ def _teacher_weights(config: str, weights: str) -> str:
     return os.path.abspath(weights)
 
 
+def _student_weights(weights: str) -> str:
+    """An address or ``none`` as it is, of a file its whole path."""
+    if weights in ("", "none") or is_remote(weights):
+        check_address(weights, what="--student-weights")
+        return weights
+    if not os.path.isfile(weights):
+        raise UserError(
+            f"--student-weights {weights} is not there: expected a file, an address, or none for random weights; correct it."
+        )
+    return os.path.abspath(weights)
+
+
 def _check_overrides(option: str, opts: Sequence[str]) -> None:
     """Known keys and fit values, none of which this command sets itself."""
-    own = ("OUTPUT_DIR", "SEED", "MODEL.META_ARCHITECTURE", "MODEL.DEVICE")
+    own = ("OUTPUT_DIR", "SEED", "MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS")
     for key in opts[::2]:
         if key in own or key.startswith(("DATASETS.", "MODEL.TEACHER.CONFIG", "MODEL.TEACHER.WEI")):
             raise UserError(f"{option} sets {key}: that follows from other options; leave it out.")

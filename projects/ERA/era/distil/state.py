@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,20 +13,23 @@ from era.checkpoint.writing import write_text_whole
 from era.distil import choices
 from era.distil.annotations import FOLDER, Data
 from era.distil.configs import DISTILLED, PLAIN, TEACHER, Choices, make_configs
+from era.distil.pretrained import FOLDER as STUDENT_WEIGHTS
 from era.distil.request import Request
-from era.distil.timing import Measured
+from era.distil.timing import EVALUATE, EXPORT, REPORT, Measured
 from era.engine.preflight import check_writable
+from era.engine.time_limit import read_shortened
 from era.errors import UserError
 from era.runs.folder import MARKER
 from era_runtime.manifest import sha256_file
 
 STATE_FILE = "distil.json"
 ENVIRONMENT_FILE = "environment.txt"
-SCHEMA = 1
+SCHEMA = 2
 OWN = {
     MARKER,
     ENVIRONMENT_FILE,
     FOLDER,
+    STUDENT_WEIGHTS,
     *(f"{name}.yaml" for name in (TEACHER, PLAIN, DISTILLED)),
 }  # written before it
 
@@ -54,6 +57,27 @@ class Plan:
         """Their names, in order."""
         return [name for name, *_ in self.steps if name in (TEACHER, PLAIN, DISTILLED)]
 
+    @property
+    def planned(self) -> dict[str, float]:
+        """Seconds foreseen, by step."""
+        return {name: seconds for name, _, seconds in self.steps}
+
+    def compared(self, took: Mapping[str, float], output: Path) -> str:
+        """What is said at the end: the seconds of every step as they were foreseen and as they were, and which schedules were
+        shortened."""
+        rows = []
+        for name in dict.fromkeys([*took, *self.planned]):
+            found = read_shortened(output / name) if name in self.trainings else None
+            note = (
+                f"shortened to {found[0]:,} of {found[1]:,} steps, to be in time" if found else ""
+            )
+            planned = choices.in_words(self.planned[name]) if name in self.planned else ""
+            rows.append([name, planned, choices.in_words(took.get(name, 0.0)), note])
+        limit = self.request["seconds"]
+        given = "" if limit is None else f" of the {choices.in_words(limit)} of --time"
+        total = choices.in_words(sum(took.values()))
+        return f"\n{tabulate(rows, headers=['', 'planned', 'took', ''], tablefmt='plain')}\nIt took {total}{given}."
+
     def told(self, output: Path) -> str:
         """What is said at the start."""
         settings = tabulate(self.settings, tablefmt="plain")
@@ -78,9 +102,9 @@ def make_plan(request: Request, data: Data, measured: Measured) -> Plan:
         TEACHER: f"fine-tune {request.teacher}",
         PLAIN: f"{request.student} without a teacher, to compare with",
         DISTILLED: f"distil {request.student} by {', '.join(configs[DISTILLED].MODEL.DISTILLER.METHODS)}",
-        "evaluate": "detect on the validation pictures with the best student",
-        "export": f"{formats}, each compared with eager",
-        "report": "report.html",
+        EVALUATE: "detect on the validation pictures with the best student",
+        EXPORT: f"{formats}, each compared with eager",
+        REPORT: "report.html",
     }
     for name, cfg in configs.items():
         what[name] += f": {cfg.SOLVER.MAX_ITER:,} steps, {chosen.evaluations[name]} evaluations"
@@ -95,7 +119,7 @@ def _settings(request: Request, data: Data, chosen: Choices, configs: dict) -> l
     sizes = sorted(set(cfg.INPUT.MIN_SIZE_TRAIN))
     rates = ", ".join(f"{name} {c.SOLVER.BASE_LR:g}" for name, c in configs.items())
     waits = " or ".join(dict.fromkeys(str(c.TEST.PATIENCE) for c in configs.values()))
-    start = cfg.MODEL.WEIGHTS or "random weights"
+    start = chosen.start.about
     rows = [
         ["pictures", split, f"drawn with the seed {data.seed}, written to {FOLDER}/split.json" if data.seed is not None else "as given"],
         ["classes", f"{len(data.train.classes)}: {names[:60]}{'...' * (len(names) > 60)}", "of the annotations"],
@@ -145,7 +169,7 @@ def read_state(request: Request) -> Plan | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.pop("schema") != SCHEMA:
-            raise ValueError("of another version")
+            raise ValueError("it is of another version")
         plan = Plan(**found)
         changed = _changed(plan.request, request.as_dict())
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:

@@ -24,6 +24,7 @@ from era.distil.configs import (
     with_iterations,
     write_config,
 )
+from era.distil.pretrained import Start
 from era.distil.request import Request
 from era.doctor.case import Case
 from era.doctor.cli import read_options
@@ -34,8 +35,9 @@ from era.errors import UserError
 
 STEPS = 2  # that count, after one that warms up
 START = {"cuda": 30.0, "cpu": 15.0}  # seconds until a run takes its first step
-EXPORT = 20.0  # seconds of a format
-REPORT = 20.0
+EVALUATE, EXPORT, REPORT = "evaluate", "export", "report"  # steps after the trainings
+SECONDS_EXPORT = 20.0  # of a format
+SECONDS_REPORT = 20.0
 MOST_WORKERS = 4  # of a data loader
 GIB = 2**30
 NO_MEMORY = ("out of memory", "SIGKILL", "can't allocate")
@@ -63,12 +65,13 @@ class Measured:
         return {"times": {k: asdict(v) for k, v in self.times.items()}, "seconds": self.seconds}
 
 
-def measure(request: Request, data: Data, began: float) -> Measured:
+def measure(request: Request, data: Data, start: Start, began: float) -> Measured:
     """Choose, take steps of every training in a temporary folder, and choose the schedule by them.
 
     Where a step needs more memory than there is, half as many pictures are tried.
 
     Args:
+        start: of the student.
         began: when the command was given, by ``time.monotonic``; the time since then is part of ``--time``.
 
     Raises:
@@ -77,7 +80,7 @@ def measure(request: Request, data: Data, began: float) -> Measured:
     memory = torch.cuda.get_device_properties(0).total_memory / GIB if request.num_gpus else None
     cores = usable_cores() // request.processes
     workers = min(MOST_WORKERS, cores - 1) if request.num_gpus or cores > 2 else 0
-    chosen = settle(request, data, memory_gib=memory, workers=max(0, workers))
+    chosen = settle(request, data, start, memory_gib=memory, workers=max(0, workers))
     while True:
         with tempfile.TemporaryDirectory(prefix="era_distil_") as name:
             times = _take_steps(request, data, chosen, Path(name))
@@ -89,7 +92,9 @@ def measure(request: Request, data: Data, began: float) -> Measured:
                 f"one picture of {chosen.size[0]} x {chosen.size[1]} pixels a device needs more memory than there is: "
                 "choose a smaller --student or --teacher."
             )
-        chosen = settle(request, data, memory_gib=memory, workers=chosen.workers, batch=fewer)
+        chosen = settle(
+            request, data, start, memory_gib=memory, workers=chosen.workers, batch=fewer
+        )
     spent = time.monotonic() - began
     chosen, seconds = schedule(request, data, chosen, times, spent=spent)
     return Measured(chosen, times, seconds)
@@ -138,10 +143,10 @@ def foreseen(
             judged += start + each / 2
         if name == DISTILLED:  # the teacher beside it, once
             found[name] += data.val.pictures * times.get(TEACHER, one).picture
-    found["evaluate"] = judged
+    found[EVALUATE] = judged
     if request.formats:
-        found["export"] = EXPORT * len(request.formats)
-    found["report"] = REPORT
+        found[EXPORT] = SECONDS_EXPORT * len(request.formats)
+    found[REPORT] = SECONDS_REPORT
     return found
 
 
@@ -161,6 +166,7 @@ def _take_steps(
 ) -> dict[str, Times] | None:
     """Times by training; None where memory runs out."""
     write_data(data, folder)
+    chosen.start.write(folder)
     configs = make_configs(request, data, chosen, folder)
     for name, cfg in configs.items():
         write_config(cfg, folder / f"{name}.yaml")

@@ -85,11 +85,22 @@ def timm_network(name: str, *, key: str, **options):
     Raises:
         UserError: timm has none of that name.
     """
-    timm = import_timm()
+    check_timm_name(name, key=key)
+    return import_timm().create_model(name, pretrained=False, **options)
+
+
+def check_timm_name(name: str, *, key: str) -> None:
+    """timm has a network of this name.
+
+    Args:
+        key: what the name was given by, for the message.
+
+    Raises:
+        UserError: it has none, or is not installed.
+    """
     # An address such as hf-hub:... would be fetched: only names of the list pass.
-    known = timm.list_models()
+    known = import_timm().list_models()
     if name.split(".")[0] not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f" (is {' or '.join(near)} meant?)" if near else ""
         raise UserError(f"{key} is {name!r}{hint}: expected {EXPECTED}; correct the name.")
-    return timm.create_model(name, pretrained=False, **options)

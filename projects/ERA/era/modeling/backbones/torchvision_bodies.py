@@ -98,6 +98,19 @@ def network_of(name: str, *, key: str) -> nn.Module:
     Raises:
         UserError: torchvision has none of that name.
     """
+    check_torchvision_name(name, key=key)
+    return torchvision.models.get_model(name, weights=None)
+
+
+def check_torchvision_name(name: str, *, key: str) -> None:
+    """torchvision has a classification network of this name.
+
+    Args:
+        key: what the name was given by, for the message.
+
+    Raises:
+        UserError: it has none.
+    """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -105,7 +118,6 @@ def network_of(name: str, *, key: str) -> nn.Module:
             f"{key} is {name!r}: expected a classification network of torchvision"
             f"{', such as ' * bool(near)}{', '.join(near)}; correct the name."
         )
-    return torchvision.models.get_model(name, weights=None)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
