@@ -10,7 +10,7 @@ import era
 PACKAGE = Path(era.__file__).parent
 # Parts from the ground up: each may import those above it in this list, and none below.
 ORDER = (
-    "errors", "compat", "environment", "addresses", "registry", "losses", "config", "checkpoint", "modeling", "methods",
+    "errors", "compat", "devices", "environment", "addresses", "registry", "losses", "config", "checkpoint", "modeling", "methods",
     "data", "engine", "runs", "deploy", "convert", "report", "benchmark", "doctor", "study", "distil", "demo",
     "__main__",
 )  # fmt: skip

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from detectron2.utils.collect_env import collect_env_info
 
+from era.devices import gpu_name
+
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "pycocotools")  # numbers depend on these
 
 
@@ -42,7 +44,7 @@ def machine() -> dict:
         "cpu_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu_name(),
     }
 
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from era.benchmark.rows import Row
+from era.devices import synchronise
 
 MIB = 2**20
 SYNCHRONISING = (
@@ -118,12 +119,6 @@ def timed(row: Row, device: torch.device) -> tuple[float, float]:
     row.step()
     synchronise(device)
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _gpu_memory(rows: Sequence[Row], times: dict[str, Times], device: torch.device) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from era.devices import widest_float
+
 
 @torch.no_grad()
 def largest(tensors: Sequence[Tensor]) -> list[float]:
@@ -20,7 +22,8 @@ def largest(tensors: Sequence[Tensor]) -> list[float]:
             by_device.setdefault(tensor.device, []).append(i)
     for places in by_device.values():
         norms = [torch.linalg.vector_norm(tensors[i].detach(), float("inf")) for i in places]
-        for i, value in zip(places, torch.stack([n.double() for n in norms]).tolist(), strict=True):
+        wide = [norm.to(widest_float(norm.device)) for norm in norms]
+        for i, value in zip(places, torch.stack(wide).tolist(), strict=True):
             found[i] = value
     return found
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from era.devices import seed_devices
+
 # What a seed is derived for: the first of the parts of derived_seed.
 STEP, ORDER, PICTURE, WORKERS, PRECISE_BN = range(5)
 _SPARE = np.random.MT19937(
@@ -31,15 +33,14 @@ def derived_seed(purpose: int, *parts: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global random states, that of GPUs in use too.
+    """Seed Python's, numpy's and torch's global random states, those of GPUs in use too.
 
     ``torch.manual_seed`` would do the same in a hundred times the time where no GPU is in use.
     """
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
+    seed_devices(seed)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
+from era.devices import CUDA, MPS, kind_of
+
 OK, WARNING, WRONG, SKIPPED = "ok", "warning", "wrong", "not checked"
 
 
@@ -60,8 +62,13 @@ class Case:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is to run on GPUs."""
-        return self.cfg.MODEL.DEVICE.startswith("cuda")
+        """Whether it is to run on GPUs by CUDA."""
+        return kind_of(self.cfg.MODEL.DEVICE) == CUDA
+
+    @property
+    def on_mps(self) -> bool:
+        """Whether it is to run on Apple's GPU, which is one, shares the memory of the CPU and counts as a process there."""
+        return kind_of(self.cfg.MODEL.DEVICE) == MPS
 
 
 def plural(number: int, what: str) -> str:

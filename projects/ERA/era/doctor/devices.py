@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
+from era.devices import MPS, gpu_name
 from era.doctor.case import OK, WARNING, WRONG, Case, Finding, plural
 from era.engine.preflight import check_devices
 from era.environment import machine
@@ -32,6 +33,8 @@ def check(case: Case) -> Finding:
             f"{case.args.num_gpus} process(es) on "
             f"{plural(about['cpu_cores'], 'core')} of {about['cpu']}"
         )
+        if case.on_mps:
+            words = f"{gpu_name(MPS)}, with {words}"
     status = max((s for s, _ in problems), key=(OK, WARNING, WRONG).index, default=OK)
     sentence = "; ".join([words, *(text for _, text in problems)])
     return Finding(status, sentence, {"machine": about})

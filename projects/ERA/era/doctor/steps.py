@@ -25,8 +25,9 @@ from detectron2.engine import HookBase, default_setup
 from detectron2.utils import comm
 
 from era import compat
-from era.benchmark.measure import MIB, resident_mib, synchronise
+from era.benchmark.measure import MIB, resident_mib
 from era.data.pictures import picture_mapper
+from era.devices import synchronise
 from era.doctor.case import OK, SKIPPED, WARNING, WRONG, Case, Finding
 from era.doctor.teacher import some_records
 from era.engine.launch import argument_parser, launch_processes
@@ -111,7 +112,7 @@ def take_steps(case: Case, processes: int, *, on_gpu: bool) -> dict:
         "SOLVER.MAX_ITER": cfg.SOLVER.MAX_ITER,
         "SOLVER.STEPS": tuple(cfg.SOLVER.STEPS),
         "TEST.EXPECTED_RESULTS": [],
-        "MODEL.DEVICE": cfg.MODEL.DEVICE if on_gpu else "cpu",
+        "MODEL.DEVICE": cfg.MODEL.DEVICE if on_gpu or (case.on_mps and processes == 1) else "cpu",
     }
     if cache_folder(cfg) is not None:
         share["MODEL.TEACHER.CACHE"] = "off"  # a folder is the run's to fill

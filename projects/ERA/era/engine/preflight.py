@@ -25,6 +25,7 @@ from era.checkpoint.teacher import TeacherRecord
 from era.config import INHERIT_NOTHING, load_config, student_config, validate_config
 from era.data.datasets import check_datasets, check_num_classes, register_from_config
 from era.data.unlabeled import check_unlabeled
+from era.devices import CUDA, MPS, check_mps, is_there, kind_of
 from era.engine.best import check_best
 from era.engine.ema import AveragingCheckpointer, check_average
 from era.engine.room import check_room
@@ -70,7 +71,8 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
             "each (on a machine without a GPU, --num-gpus counts CPU processes)."
         )
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    kind = kind_of(cfg.MODEL.DEVICE)
+    if kind == CUDA and not is_there(kind):
         logger.warning("No GPU on this machine: running on the CPU (MODEL.DEVICE cpu).")
         cfg.MODEL.DEVICE = "cpu"
     validate_config(cfg)
@@ -79,6 +81,14 @@ def setup_config(args: argparse.Namespace) -> CfgNode:
         check_schedule(cfg)
         cfg = scale_to_world(cfg, world_size)
         cfg.defrost()
+    if kind == MPS:
+        told = check_mps(
+            processes=world_size,
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            deformable=any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE),
+        )
+        if told:
+            logger.warning(told)
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
         for key in keys_with_value(cfg, "SyncBN"):
             raise UserError(
@@ -161,7 +171,7 @@ def check_devices(cfg: CfgNode, num_gpus: int) -> None:
     Raises:
         UserError: it has fewer.
     """
-    if cfg.MODEL.DEVICE != "cpu" and num_gpus > torch.cuda.device_count():
+    if kind_of(cfg.MODEL.DEVICE) == CUDA and num_gpus > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus is {num_gpus}, this machine has {torch.cuda.device_count()}: ask for at "
             "most that."

@@ -23,6 +23,7 @@ from torch import nn
 from era.addresses import check_nothing_run
 from era.checkpoint.reading import SafeCheckpointer, misfits, peek
 from era.config import load_config, validate_config
+from era.devices import is_there
 from era.engine.bad_step import FOLDER, BadStep, read_bad_step
 from era.engine.preflight import build_model_of, teacher_record
 from era.engine.retake import Replayed, retake
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cfg = load_config(args.config_file or os.path.join(run, "config.yaml"), args.opts)
     if not args.config_file:
         check_nothing_run(cfg, args.opts, source=os.path.join(run, "config.yaml"))
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    if not is_there(cfg.MODEL.DEVICE):
         cfg.MODEL.DEVICE = "cpu"
     validate_config(cfg)
     weights, whence = weights_for(cfg, step, args.file, run, args.weights)

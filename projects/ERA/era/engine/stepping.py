@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from era import compat
+from era.devices import widest_float
 from era.engine.guard import (
     MAX_LOSS,
     Buffers,
@@ -40,7 +41,7 @@ class StepTrainer(SimpleTrainer):
         model, data_loader, optimizer: as SimpleTrainer.
         accumulation_steps: batches whose mean gradient makes one optimiser step.
         amp_dtype: type of autocast, None for float32 throughout. float16 scales the loss.
-        device_type: ``cuda`` or ``cpu``, for autocast.
+        device_type: ``cuda``, ``cpu`` or ``mps``, for autocast.
         max_loss: ``SOLVER.MAX_LOSS``.
         watch: warns of losses that teach nothing; None for nobody.
 
@@ -172,5 +173,6 @@ def numbers(losses: dict[str, Tensor]) -> dict[str, float]:
     """Scalars by name, fetched from their device in one go."""
     if not losses:
         return {}
-    values = torch.stack([loss.detach().reshape(()).double() for loss in losses.values()])
+    scalars = [loss.detach().reshape(()) for loss in losses.values()]
+    values = torch.stack([scalar.to(widest_float(scalar.device)) for scalar in scalars])
     return dict(zip(losses, values.tolist(), strict=True))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from era.checkpoint.reading import load_exactly
 from era.checkpoint.writing import weights_hash
 from era.config import check_parts, student_config
+from era.devices import gpu_name
 from era.errors import UserError
 from era.modeling.class_map import ClassMap, find_class_map, log_class_map
 from era.modeling.detectors import (
@@ -304,9 +305,8 @@ class Teacher(nn.Module):
         """What the maps of given pixels follow from, down to their last bits where that is known."""
         device = self.model.pixel_mean.device
         where = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+            gpu_name(device)
+            or f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         )
         how = (self.flip_channels, self.memory_format, self.compiled, self._dtype())
         return (self.sha256, self.settings, *map(str, how), torch.__version__, where)

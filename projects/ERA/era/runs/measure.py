@@ -17,6 +17,7 @@ from torch import nn
 
 from era.addresses import check_bases
 from era.data.pictures import picture_mapper
+from era.devices import wait_for_gpus
 from era.engine.hooks import STUDENT_FOLDER
 from era.engine.preflight import build_for_evaluation
 from era.modeling.distiller import Distiller
@@ -95,10 +96,10 @@ def interleaved_times(
     for turn, item in enumerate([*inputs[:warm_up], *inputs]):
         # Another model begins each time, so that none always follows the same one.
         for index in (i % len(models) for i in range(turn, turn + len(models))):
-            _wait_for_gpu()
+            wait_for_gpus()
             start = time.perf_counter()
             models[index]([item])
-            _wait_for_gpu()
+            wait_for_gpus()
             if turn >= min(warm_up, len(inputs)):
                 times[index].append(time.perf_counter() - start)
     return times
@@ -107,11 +108,6 @@ def interleaved_times(
 def _inputs(cfg: CfgNode, count: int) -> list[dict]:
     mapper = picture_mapper(cfg, is_train=False)
     return [mapper(entry) for entry in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]]
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager

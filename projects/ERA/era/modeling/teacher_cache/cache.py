@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from era.devices import wait_for_gpus
 from era.modeling.teacher_cache.entry import Entry
 from era.modeling.teacher_cache.folder import FolderStore
 from era.modeling.teacher_cache.memory import MemoryStore
@@ -103,10 +104,10 @@ class TeacherCache:
         found = [{} if entry is None else entry.tensors for entry in kept]
         computing = 0.0
         if missing:
-            _wait_for_gpu()
+            wait_for_gpus()
             before = time.perf_counter()
             computed = compute(missing)
-            _wait_for_gpu()
+            wait_for_gpus()
             computing = time.perf_counter() - before
             for i, tensors in zip(missing, computed, strict=True):
                 found[i] = tensors
@@ -186,8 +187,3 @@ def build_teacher_cache(cfg: CfgNode) -> TeacherCache | None:
 def _kept_copy(value: Tensor) -> Tensor:
     """A copy of a tensor's own, contiguous and on the CPU, whatever it is a view of."""
     return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
