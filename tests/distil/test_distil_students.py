@@ -3,6 +3,7 @@
 import functools
 import http.server
 import importlib.util
+import pickle
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from builders import REPO
+from detectron2.modeling import build_backbone
+from detectron2.utils.file_io import Detectron2Handler
 from distil_case import make_stranger
 from torch import nn
 
@@ -158,6 +162,27 @@ def test_r18_starts_from_public_weights_where_none_are_named(stranger, data, fil
     assert keys[0]["teacher"].BASE_LR == keys[1]["teacher"].BASE_LR
 
 
+def test_r50_starts_from_detectron2s_zoo(stranger, data, files, tmp_path, monkeypatch):
+    """Its files hold a backbone under short names, with the statistics of its norms folded into weight and bias."""
+    monkeypatch.setattr(fetching, "get_cache_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(Detectron2Handler, "S3_DETECTRON2_PREFIX", f"{files[1]}/")
+    cfg = load_config(str(REPO / "configs" / "plain_r50.yaml"), ["MODEL.DEVICE", "cpu"])
+    weights = {
+        name: value.numpy()
+        for name, value in build_backbone(cfg).bottom_up.state_dict().items()
+        if not name.endswith(("running_mean", "running_var", COUNTER))
+    }
+    file = files[0] / "ImageNetPretrained" / "MSRA" / "R-50.pkl"
+    file.parent.mkdir(parents=True)
+    content = {"model": weights, "__author__": "MSRA", "matching_heuristics": True}
+    file.write_bytes(pickle.dumps(content))
+    found, start = made(stranger, data, tmp_path, "--student", "r50")
+    assert found["plain"].MODEL.WEIGHTS == start.weights == STUDENTS["r50"].weights
+    assert found["plain"].INPUT.FORMAT == "BGR" and found["plain"].MODEL.RESNETS.STRIDE_IN_1X1
+    with pytest.raises(UserError, match=r"R-50.pkl is not of --student r101: backbone"):
+        find_start(request_of(stranger, "--student", "r101", "--student-weights", file))
+
+
 def test_without_a_network_it_says_what_to_do(stranger, served):
     served("http://127.0.0.1:9/resnet18.pth")  # where nobody listens
     with pytest.raises(UserError) as caught:
@@ -170,7 +195,7 @@ def test_without_a_network_it_says_what_to_do(stranger, served):
 
 def test_the_public_addresses_are_those_of_the_recipes():
     for name, recipe in (("r18", "plain_r18"), ("mv2", "plain_mv2")):
-        text = Path(f"configs/{recipe}.yaml").read_text(encoding="utf-8")
+        text = (REPO / "configs" / f"{recipe}.yaml").read_text(encoding="utf-8")
         assert f"--weights {STUDENTS[name].weights} " in text
     assert STUDENTS["r34"].weights.startswith("https://download.pytorch.org/models/resnet34-")
     address = find_student("torchvision:mobilenet_v3_large").weights
@@ -178,7 +203,7 @@ def test_the_public_addresses_are_those_of_the_recipes():
 
 
 def test_weights_in_detectron2s_names_are_taken_as_they_are(stranger, data, files, tmp_path):
-    recipe = "configs/plain_r18.yaml"
+    recipe = str(REPO / "configs" / "plain_r18.yaml")
     convert(str(files[0] / "resnet18.pth"), recipe, str(tmp_path / "r18"))
     weights = str(tmp_path / "r18" / "model.pth")  # with its config beside it
     found, start = made(stranger, data, tmp_path / "out", "--student", "r18", "--student-weights", weights)  # fmt: skip
@@ -251,7 +276,7 @@ def test_help_has_a_line_for_every_student(capsys):
 def test_a_backbone_of_a_dense_family(stranger, data, files, tmp_path):
     args = [
         "--teacher",
-        "configs/retinanet_teacher_r101.yaml",
+        str(REPO / "configs" / "retinanet_teacher_r101.yaml"),
         "--student",
         "torchvision:mobilenet_v3_small",
     ]
