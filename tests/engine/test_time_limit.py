@@ -201,12 +201,13 @@ def test_a_real_training_is_complete_when_its_time_is_over(
     assert again["iteration"] == trainer.iter - 1
     if trainer.iter == done:
         assert difference(dict(again["model"]), weights) is None
+    assert read_shortened(tmp_path) == (trainer.iter, 30)
     # ... one that is complete is evaluated and left as it is ...
     trainer, evaluated = slow(tmp_path, args, resume=True)
     assert evaluated == [trainer.iter] and trainer.iter == again["iteration"] + 1
     # ... and another SOLVER.MAX_ITER is another schedule.
     trainer, _ = slow(tmp_path, [*args, "SOLVER.MAX_ITER", "33"], resume=True)
-    assert trainer.iter == 33
+    assert trainer.iter == 33 and read_shortened(tmp_path) is None
 
 
 def test_a_limit_that_is_not_reached_changes_no_number(slow, tiny_data, tmp_path):

@@ -21,7 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from era.checkpoint.writing import write_text_whole
+from era.checkpoint.writing import remove, write_text_whole
 from era.engine.schedule import Shortened
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,12 @@ class TimeLimit(HookBase):
         hooks.insert(0, limit)
 
     def before_train(self) -> None:
-        """A run that goes on ends where its checkpoint says."""
+        """A run that goes on ends where its checkpoint says, whatever was decided after that."""
         if self.schedule.is_shortened:
             self.trainer.max_iter = self.schedule.end
+            self._write()
+        elif comm.is_main_process():
+            remove(self.file)
 
     def before_step(self) -> None:
         """The step before, with all that was done after it; an evaluation counts by itself."""
@@ -123,9 +126,12 @@ class TimeLimit(HookBase):
             "SOLVER.MAX_SECONDS %d: after %d iterations and %.0f s the schedule of %d ends at %d.",
             self.seconds, done, self._ended - self._start, whole, end,
         )  # fmt: skip
+        self._write()
+
+    def _write(self) -> None:
         if comm.is_main_process():
-            text = json.dumps({"iterations": end, "planned": whole, "seconds": self.seconds})
-            write_text_whole(text + "\n", self.file)
+            about = {"iterations": self.schedule.end, "planned": self.schedule.iterations}
+            write_text_whole(json.dumps(about) + "\n", self.file)
 
     def state_dict(self) -> dict:
         """The schedule, where it was shortened."""
