@@ -19,7 +19,7 @@ from era.deploy.batched import BatchForm
 from era_runtime import predict as predict_module
 from era_runtime.predict import EXIT_FAILED, EXIT_USER_ERROR, main
 
-pytestmark = needs("onnx").marks
+pytestmark = list(needs("onnx").marks)
 ANY = BatchForm()
 
 
