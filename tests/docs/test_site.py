@@ -208,6 +208,8 @@ def test_pages_have_no_syntax_that_looks_broken_in_the_repository():
             r"```.*?```|`[^`\n]*`|^    .*$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M
         )
         assert not (found := syntax.search(text)), (path.name, found[0])
+        code = re.findall(r"`[^`\n]*`", path.read_text(encoding="utf-8"))
+        assert not [c for c in code if r"\|" in c], path.name  # the site shows the backslash
 
 
 def test_every_key_of_the_frame_and_of_era_is_explained():
