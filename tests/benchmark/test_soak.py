@@ -71,7 +71,8 @@ def test_three_samples_tell_nothing():
 def test_what_a_process_holds_is_counted():
     done = threading.Event()
     before = usage_of([os.getpid()])
-    block = bytearray(b"x" * (64 << 20))
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * (len(block) // 4096)  # a page is held once it is written to
     thread = threading.Thread(target=done.wait)
     thread.start()
     with open(os.devnull) as one, open(os.devnull) as two:

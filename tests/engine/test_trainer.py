@@ -357,7 +357,7 @@ def test_the_memory_of_a_gpu_is_a_scalar_that_is_written(monkeypatch):
     monkeypatch.setattr(DefaultTrainer, "build_hooks", lambda self: [writer])
     monkeypatch.setattr(Trainer, "bare_model", None)  # no distiller
     trainer = Trainer.__new__(Trainer)
-    trainer.checkpointer = None
+    trainer.checkpointer, trainer.schedule = None, SimpleNamespace(iterations=10)
     for device, expected in (("cuda:0", GpuMemory), ("cpu", object)):
         trainer.cfg = tiny_cfg("plain", "MODEL.DEVICE", device)
         hooks = trainer.build_hooks()
