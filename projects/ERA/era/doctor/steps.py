@@ -27,7 +27,7 @@ from detectron2.utils import comm
 from era import compat
 from era.benchmark.measure import MIB, resident_mib
 from era.data.pictures import picture_mapper
-from era.devices import synchronise
+from era.devices import CUDA, kind_of, synchronise
 from era.doctor.case import OK, SKIPPED, WARNING, WRONG, Case, Finding
 from era.doctor.teacher import some_records
 from era.engine.launch import argument_parser, launch_processes
@@ -264,7 +264,7 @@ def _measure(args: argparse.Namespace) -> dict:
     steps = int(os.environ[STEPS])
     trainer.max_iter = steps + 1  # the first one warms up
     trainer.train()
-    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    on_gpu = kind_of(cfg.MODEL.DEVICE) == CUDA
     peak = torch.cuda.max_memory_reserved() / MIB if on_gpu else resident_mib("VmHWM")
     peaks = comm.gather(peak)
     return {

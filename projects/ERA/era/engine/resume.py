@@ -21,6 +21,8 @@ import torch
 from detectron2.utils.events import EventStorage, JSONWriter
 from fvcore.common.history_buffer import HistoryBuffer
 
+from era.devices import CPU, kind_of
+
 # Scalars that tell of this process's clock: they begin anew with every process.
 CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
 WINDOW = 20  # iterations whose median Detectron2's writers show
@@ -35,8 +37,7 @@ def torchscript_without_history(device: str) -> AbstractContextManager:
     CPU the rewriting is worth nothing: forward and backward at 800x1344 (201,600 anchors of 80 classes) took 1.09 to
     1.18 s of CPU time with it, 1.11 to 1.23 without. On other devices, where it fuses kernels and no bits are promised, it stays.
     """
-    is_cpu = torch.device(device).type == "cpu"
-    return torch.jit.optimized_execution(False) if is_cpu else nullcontext()
+    return torch.jit.optimized_execution(False) if kind_of(device) == CPU else nullcontext()
 
 
 def limit_histories(storage: EventStorage) -> None:

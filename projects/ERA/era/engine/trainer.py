@@ -30,6 +30,7 @@ from era.data.loader import labeled_loader
 from era.data.pictures import BadTestPictures, WatchedLoader
 from era.data.seeds import PRECISE_BN, STEP, derived_seed, seed_all
 from era.data.unlabeled import build_mixed_loader
+from era.devices import CPU, CUDA, kind_of
 from era.engine.bad_step import keep_bad_step
 from era.engine.best import Enough, insert_after_best
 from era.engine.ema import (
@@ -284,7 +285,7 @@ class Trainer(DefaultTrainer):
         if self.average is not None:
             ret.insert(0, UpdateAverage(self.average))
         TimeLimit.insert(ret, self.schedule, cfg)
-        if self.cfg.MODEL.DEVICE.startswith("cuda"):
+        if kind_of(cfg.MODEL.DEVICE) == CUDA:
             ret.insert(0, GpuMemory())  # before the writers
         teacher = self.bare_model.teacher if isinstance(self.bare_model, Distiller) else None
         if teacher is not None and teacher.cache is not None:
@@ -378,7 +379,7 @@ class Trainer(DefaultTrainer):
 
 def speed_up(cfg: CfgNode, model: nn.Module) -> None:
     """On a CPU, ROIAlign of a model that is to train as :func:`~era.modeling.roi_align.gather_roi_align`."""
-    if torch.device(cfg.MODEL.DEVICE).type != "cpu":
+    if kind_of(cfg.MODEL.DEVICE) != CPU:
         return
     gather_roi_align(model)
     if isinstance(model, Distiller) and model.teacher is not None:  # no submodule
